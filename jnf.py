@@ -1,0 +1,721 @@
+"""Bridging the inference gap in multimodal variational autoencoders: JNF and JNF-Shared
+(Senellart & Allassonniere, arXiv 2502.03952).
+
+A joint VAE learns one latent space for all modalities. Then every modality gets a normalising-flow
+posterior of its own, fitted to the frozen joint posterior, and any subset of observed modalities
+is inferred from the product of those posteriors by Hamiltonian Monte Carlo (HMC).
+
+Model       p(z) = N(0, I),  p(x_j|z) = Laplace or Normal around a decoder's mean
+            q(z|X)     = N(mu(X), diag sigma(X)^2)                            joint encoder
+            q_j(z|x_j) = N(T_j(z); mu_j(x_j), diag sigma_j(x_j)^2) |det dT_j/dz|
+                         T_j: masked autoregressive flow (MAF), not conditioned on x_j
+            q(z|x_S)   proportional to  p(z)^(1-|S|) * prod_{j in S} q_j(z|x_j)
+Symbols     z [b d] latent, u = T_j(z) flow base, log_det = log|det du/dz|, S observed modalities,
+            lambda_j likelihood weights, beta KL weight, g_j projectors, tau temperature
+
+Algorithm
+  S  (JNF-Shared only) projectors g_j by contrastive learning or deep CCA, frozen afterwards
+  J  joint VAE: minimise  -sum_j lambda_j log p(x_j|z) + beta KL(q(z|X) || p(z)),  z ~ q(z|X)
+  U  J frozen: minimise   -sum_j log q_j(z|x_j),  z ~ q(z|X);    JNF-Shared: q_j(z|g_j(x_j))
+  Every stage hands on the weights that were best on the validation set. Inference: S = {} prior;
+  |S| = 1 the flow's inverse; all modalities q(z|X); otherwise HMC.
+
+Usage
+  python jnf.py                                          synthetic digits, minutes on two CPU cores
+  python jnf.py --dataset mnist_svhn --data_dir DIR      the authors' setting; --help lists flags
+  python jnf.py --shared contrastive                     JNF-Shared
+Measured results, with commands, are in README.md.
+
+Deviations from the authors' public code
+  D1 the prior's exponent is |S|-1 for every |S| (theirs: 1; --prior_exponent official)
+  D2 chains start at draws from one expert, through the inverse flow (theirs skip the inverse)
+  D3 HMC tunes a step size for each chain and is preconditioned (--sampler official: theirs)
+  D4 MNIST-SVHN pairs are drawn anew each epoch; validation shares no image with training
+  D5 stages are explicit; frozen nets are in eval mode and run once, not in each step
+"""
+import argparse
+import math
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+import common
+import data
+
+# ---- Config --------------------------------------------------------------------------------------
+# Values of the authors' runs where those are known, else ours (README: what the presets are).
+SYNTH = dict(epochs_shared=5, epochs_joint=15, epochs_flow=15)
+POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30)
+PRESETS = {
+    "synth_mnist_svhn": SYNTH,
+    "synth_polymnist": dict(SYNTH, z_dim=32, net="conv", beta=1.0, rescale=False),
+    "mnist_svhn": dict(pairings=5, epochs_shared=150),
+    "polymnist": POLY,
+    "translated_polymnist": dict(POLY, z_dim=200, std="softplus", plateau=0, flow_hidden=256,
+                                 epochs_shared=80, epochs_joint=150, epochs_flow=150),
+    "shapes": dict(z_dim=2, decoder_dist="normal", decoder_scale=1.0, beta=1.0,
+                   epochs_joint=15, epochs_flow=15), "paired": {}}
+SHARED = {"polymnist": dict(common_dim=64, shared_layers=2, batch_size=64, epochs_joint=200,
+                            epochs_flow=200),
+          "translated_polymnist": dict(common_dim=64, shared_layers=2)}        # on top of PRESETS
+OFFICIAL_HMC = dict(hmc_steps=100, hmc_adapt=0, hmc_step_size=0.01, n_leapfrog=10,
+                    hmc_start="base", prior_exponent="official")
+INFERENCE_FLAGS = (*OFFICIAL_HMC, "sampler", "latent_prior", "gmm_components")  # not for training
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Explicit flag > preset of --dataset, --shared, --sampler > default, as --help shows."""
+    number, switch = common.number, argparse.BooleanOptionalAction
+    p = common.run_parser("jnf.py", __doc__, "synth_mnist_svhn", [*PRESETS, "paired"])
+    flag = p.add_argument_group("model").add_argument
+    flag("--z_dim", type=number(int, 1), default=20)
+    flag("--net", default="auto", choices=["auto", "mlp", "conv", "resnet"])
+    flag("--decoder_dist", default="laplace", choices=["laplace", "normal"])
+    flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
+    flag("--rescale", action=switch, default=True, help="lambda_j = largest size / size of x_j")
+    flag("--std", default="exp", choices=["exp", "softplus"], help="how a net's output is sigma")
+    flag("--flow_blocks", type=number(int, 0, 64), default=2, help="0: Gaussian posteriors (JMVAE)")
+    flag("--flow_hidden", type=number(int, 1), default=128)
+    flag("--shared", default="none", choices=["none", "contrastive", "dcca"], help="JNF-Shared")
+    flag("--common_dim", type=number(int, 1), default=10, help="output of a modality's projector")
+    flag("--shared_dim", type=number(int, 1), default=10, help="dimension of the code g_j(x_j)")
+    flag("--shared_layers", type=number(int, 1), default=1, help="hidden layers of the shared MLP")
+    flag = p.add_argument_group("training").add_argument
+    flag("--epochs_shared", type=number(int, 0), default=100, help="stage S")
+    flag("--epochs_joint", type=number(int, 0), default=100, help="stage J")
+    flag("--epochs_flow", type=number(int, 0), default=100, help="stage U")
+    flag("--max_steps", type=number(int, 0), default=0, help="steps a stage; 0: epochs decide")
+    flag("--batch_size", type=number(int, 1), default=128, help="over all processes")
+    flag("--dcca_batch", type=number(int, 2), default=800, help="DCCA needs large batches")
+    flag("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam")
+    flag("--plateau", type=number(int, 0), default=0, help="epochs without gain until lr / 10")
+    flag("--beta", type=number(float, 0), default=2.5, help="KL weight; paper: 0.5, 1, 2.5")
+    flag("--tau", type=number(float, 0, open_low=True), default=0.1, help="contrastive temperature")
+    flag("--pairings", type=number(int, 1), default=1, help="mnist_svhn: pairings an epoch")
+    flag = p.add_argument_group("sampler").add_argument
+    flag("--sampler", default="adaptive", choices=["adaptive", "official"], help="see OFFICIAL_HMC")
+    flag("--hmc_steps", type=number(int, 1), default=20, help="after the adaptation")
+    flag("--hmc_adapt", type=number(int, 0), default=30, help="steps that tune the step size")
+    flag("--hmc_step_size", type=number(float, 0, open_low=True), default=0.5)
+    flag("--n_leapfrog", type=number(int, 1), default=4)
+    flag("--hmc_start", default="flow", choices=["flow", "base"], help="base: no inverse flow")
+    flag("--prior_exponent", default="exact", choices=["exact", "official"], help="|S|-1, or 1")
+    flag("--latent_prior", default="normal", choices=["normal", "gmm"], help="gmm: fit to q(z|X)")
+    flag("--gmm_components", type=number(int, 1), default=10)
+    dataset, shared, sampler = (common.peek(p, argv, f) for f in ("dataset", "shared", "sampler"))
+    preset = PRESETS.get(dataset, {}) | (SHARED.get(dataset, {}) if shared != "none" else {})
+    p.set_defaults(**preset | (OFFICIAL_HMC if sampler == "official" else {}))
+    args = p.parse_args(argv)
+    if args.flow_blocks and args.flow_hidden < args.z_dim - 1:
+        p.error(f"--flow_hidden must be >= {args.z_dim - 1} (--z_dim - 1), got {args.flow_hidden}")
+    return args
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+class ResBlock(nn.Module):
+    """Pre-activation residual block: shortcut(x) + 0.1 conv(lrelu(conv(lrelu(x))))."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        c_mid = min(c_in, c_out)
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_mid, 3, 1, 1), nn.Conv2d(c_mid, c_out, 3, 1, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(x, 0.2))
+        return self.shortcut(x) + 0.1 * self.conv2(F.leaky_relu(h, 0.2))
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers, a ReLU after each."""
+    pairs = zip(sizes, sizes[1:])
+    return nn.Sequential(*[m for a, b in pairs for m in (nn.Linear(a, b), nn.ReLU())])
+
+
+def autoencoder(shape: tuple[int, ...], net: str, z_dim: int) -> tuple[nn.Module, int, nn.Module]:
+    """(encoder body [b c h w] -> [b f], f, decoder [b d] -> mean image [b c h w]) of the authors.
+
+    auto: conv for colour images of 28 x 28 or 32 x 32, else mlp. ValueError if the net has no
+    version for the shape (resnet: 28 x 28 only).
+    """
+    (c, h, w), up, small = shape, nn.ConvTranspose2d, shape[1:] in ((28, 28), (32, 32))
+    if net == "auto":
+        net = "conv" if c == 3 and small else "mlp"
+    if net == "mlp":
+        hidden = [400] if shape == (1, 28, 28) else [512, 512]
+        decoder = nn.Sequential(mlp(z_dim, hidden[-1]), nn.Linear(hidden[-1], c * h * w),
+                                nn.Sigmoid(), nn.Unflatten(1, shape))
+        return nn.Sequential(nn.Flatten(), mlp(c * h * w, *hidden)), hidden[-1], decoder
+    if net == "conv" and small:
+        k = 4 if h == 32 else 3
+        body = nn.Sequential(nn.Conv2d(c, 32, k, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, k, 2, 1),
+                             nn.ReLU(), nn.Conv2d(64, 128, k, 2, 1), nn.ReLU(), nn.Flatten())
+        if h == 32:
+            decoder = nn.Sequential(nn.Unflatten(1, (z_dim, 1, 1)), up(z_dim, 128, 4), nn.ReLU(),
+                                    up(128, 64, 4, 2, 1), nn.ReLU(), up(64, 32, 4, 2, 1),
+                                    nn.ReLU(), up(32, c, 4, 2, 1), nn.Sigmoid())
+        else:
+            decoder = nn.Sequential(mlp(z_dim, 2048), nn.Unflatten(1, (128, 4, 4)),
+                                    up(128, 64, 3, 2, 1), nn.ReLU(), up(64, 32, 3, 2, 1, 1),
+                                    nn.ReLU(), up(32, c, 3, 2, 1, 1))
+        return body, 128 * 4 * 4, decoder
+    if net == "resnet" and (h, w) == (28, 28):
+        body = nn.Sequential(nn.Conv2d(c, 64, 3, 1, 1), ResBlock(64, 64), nn.AvgPool2d(3, 2, 1),
+                             ResBlock(64, 128), nn.AvgPool2d(3, 2, 1), ResBlock(128, 256),
+                             nn.Flatten())
+        decoder = nn.Sequential(nn.Linear(z_dim, 256 * 7 * 7), nn.Unflatten(1, (256, 7, 7)),
+                                ResBlock(256, 128), nn.Upsample(scale_factor=2),
+                                ResBlock(128, 64), nn.Upsample(scale_factor=2), ResBlock(64, 64),
+                                nn.LeakyReLU(0.2), nn.Conv2d(64, c, 3, 1, 1))
+        return body, 256 * 7 * 7, decoder
+    raise ValueError(f"--net {net} is not made for images of {shape}; use --net mlp")
+
+
+class GaussianHead(nn.Module):
+    """Features [b f] -> (mu, log_var), both [b d]; std 'softplus': sigma = softplus(s) + 1e-5."""
+
+    def __init__(self, n_features: int, z_dim: int, std: str):
+        super().__init__()
+        self.mu, self.s, self.std = nn.Linear(n_features, z_dim), nn.Linear(n_features, z_dim), std
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.s(h)
+        return self.mu(h), s if self.std == "exp" else 2 * (F.softplus(s) + 1e-5).log()
+
+
+class MADE(nn.Module):
+    """Masked MLP (Germain et al. 2015): shift_i and log_scale_i see z_1 .. z_(i-1) only."""
+
+    def __init__(self, z_dim: int, n_hidden: int, hidden: int):
+        super().__init__()
+        degrees = [torch.arange(z_dim)] + [torch.arange(hidden) % max(z_dim - 1, 1)] * n_hidden
+        masks = [b[:, None] >= a[None, :] for a, b in zip(degrees, degrees[1:])]
+        masks.append((degrees[0][:, None] > degrees[-1][None, :]).repeat(2, 1))
+        self.layers = nn.ModuleList(nn.Linear(m.shape[1], m.shape[0]) for m in masks)
+        for layer, mask in zip(self.layers, masks):
+            layer.register_buffer("mask", mask.float(), persistent=False)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        for i, layer in enumerate(self.layers):
+            z = F.linear(z.relu() if i else z, layer.weight * layer.mask, layer.bias)
+        return z.chunk(2, dim=-1)                                          # shift, log_scale [b d]
+
+
+class MAF(nn.Module):
+    """Masked autoregressive flow (Papamakarios et al. 2017): n_blocks times
+    u_i = (z_i - shift_i(z_<i)) exp(-log_scale_i(z_<i)), then the order is reversed.
+    Without blocks it is the identity and the posterior a Gaussian."""
+
+    def __init__(self, z_dim: int, n_blocks: int = 2, n_hidden: int = 3, hidden: int = 128):
+        super().__init__()
+        self.blocks = nn.ModuleList(MADE(z_dim, n_hidden, hidden) for _ in range(n_blocks))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z [b d] -> (u [b d], log_det = log|det du/dz| [b]): one pass a block."""
+        log_det = z.new_zeros(z.shape[:-1])
+        for block in self.blocks:
+            shift, log_scale = block(z)
+            z = ((z - shift) * (-log_scale).exp()).flip(-1)
+            log_det = log_det - log_scale.sum(-1)
+        return z, log_det
+
+    @torch.no_grad()
+    def inverse(self, u: Tensor) -> Tensor:
+        """u [... d] -> z [... d]: d sequential passes a block, without gradient."""
+        for block in reversed(self.blocks):
+            u, z = u.flip(-1), torch.zeros_like(u)
+            for i in range(u.shape[-1]):
+                shift, log_scale = block(z)
+                z[..., i] = u[..., i] * log_scale[..., i].exp() + shift[..., i]
+            u = z
+        return u
+
+
+class JNF(nn.Module):
+    """All nets of the paper for images of shapes {modality: (c, h, w)}.
+
+    joint_heads, joint_trunk: q(z|X).  decoders.  projectors: g_j, JNF-Shared only.
+    posteriors: for each modality an encoder of the base (mu_j, log_var_j) and the flow T_j.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
+        super().__init__()
+        self.shapes, self.modalities, self.shared = shapes, list(shapes), args.shared
+        self.joint_heads, self.decoders = nn.ModuleDict(), nn.ModuleDict()
+        self.projectors, self.posteriors = nn.ModuleDict(), nn.ModuleDict()
+        hidden = [m for _ in range(args.shared_layers - 1) for m in (nn.Linear(512, 512), nn.SiLU())]
+        shared_mlp = nn.Sequential(nn.Linear(args.common_dim, 512), nn.SiLU(), *hidden,
+                                   nn.Linear(512, args.shared_dim))        # one for all modalities
+        for m, shape in shapes.items():
+            body, f, self.decoders[m] = autoencoder(shape, args.net, args.z_dim)
+            self.joint_heads[m] = nn.Sequential(body, nn.Linear(f, args.z_dim))
+            body, f, _ = autoencoder(shape, args.net, args.z_dim)
+            if args.shared != "none":
+                body, f, _ = autoencoder(shape, args.net.replace("resnet", "conv"), args.z_dim)
+                self.projectors[m] = nn.Sequential(body, nn.Linear(f, args.common_dim), shared_mlp)
+                body, f = mlp(args.shared_dim, 512, 512), 512
+            self.posteriors[m] = nn.ModuleDict({
+                "encoder": nn.Sequential(body, GaussianHead(f, args.z_dim, args.std)),
+                "flow": MAF(args.z_dim, args.flow_blocks, hidden=args.flow_hidden)})
+        self.joint_trunk = nn.Sequential(mlp(len(shapes) * args.z_dim, 512, 512),
+                                         GaussianHead(512, args.z_dim, args.std))
+
+    def joint_encoder(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(mu, log_var) [b d] of q(z|X); heads may come cached as x['head_<modality>']."""
+        heads = self.joint_heads.items()
+        h = [x[f"head_{m}"] if f"head_{m}" in x else head(x[m]) for m, head in heads]
+        return self.joint_trunk(torch.cat(h, 1))
+
+    def code(self, x: dict[str, Tensor], m: str) -> Tensor:
+        """What q_j is conditioned on: the image; for JNF-Shared g_j(x_j), cached as 'code_<m>'."""
+        if self.shared == "none":
+            return x[m]
+        if f"code_{m}" in x:
+            return x[f"code_{m}"]
+        code = self.projectors[m](x[m])
+        return F.normalize(code, dim=1) if self.shared == "contrastive" else code
+
+
+# ---- Densities and losses ------------------------------------------------------------------------
+# Log-densities are [b], in nats, summed over features; losses are means over the batch.
+def log_normal(z: Tensor, mu: Tensor | float = 0.0, log_var: Tensor | float = 0.0) -> Tensor:
+    """log N(z; mu, diag exp(log_var)), constants kept: [b d] -> [b]."""
+    log_var = torch.as_tensor(log_var, dtype=z.dtype, device=z.device)
+    return -0.5 * ((z - mu) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi)).sum(-1)
+
+
+def log_lik(x: Tensor, mean: Tensor, dist: str, scale: float) -> Tensor:
+    """log p(x|z) around the decoder's mean, Laplace or Normal of fixed scale: [b c h w] -> [b]."""
+    if dist == "laplace":
+        log_p = -(x - mean).abs() / scale - math.log(2 * scale)
+    else:
+        log_p = -((x - mean) / scale) ** 2 / 2 - math.log(scale) - 0.5 * math.log(2 * math.pi)
+    return reduce(log_p, "b c h w -> b", "sum")
+
+
+def log_poe(z: Tensor, posteriors: list[tuple], prior_power: float | None = None) -> Tensor:
+    """Product of experts: sum_{j in S} log q_j(z|x_j) - (|S|-1) log N(z; 0, I); [b d] -> [b].
+
+    posteriors: (mu_j [b d], log_var_j [b d], flow_j) for each j in S, flow_j(z) = (u, log_det).
+    mu and log_var do not depend on z: encode once, outside the chain. Unnormalised if |S| > 1.
+    """
+    power = len(posteriors) - 1 if prior_power is None else prior_power
+    log_p = -power * log_normal(z)
+    for mu, log_var, flow in posteriors:
+        u, log_det = flow(z)
+        log_p = log_p + log_normal(u, mu, log_var) + log_det
+    return log_p
+
+
+def stack_flows(flows: list[MAF]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Weights of s flows of one size, masks multiplied in: [block][layer] (w [s i o], b [s 1 o])."""
+    return [[(torch.stack([(layer.weight * layer.mask).T for layer in layers]).contiguous(),
+              torch.stack([layer.bias for layer in layers])[:, None])
+             for layers in zip(*(block.layers for block in blocks))]
+            for blocks in zip(*(flow.blocks for flow in flows))]
+
+
+def log_poe_stacked(z: Tensor, mu: Tensor, log_var: Tensor, weights: list, power: float) -> Tensor:
+    """log_poe, all s experts in one batched product a layer (mu, log_var [s b d]): fast in HMC."""
+    u, log_det = z.expand(len(mu), *z.shape), 0.0                          # [s b d]
+    for layers in weights:
+        h = u
+        for i, (w, b) in enumerate(layers):
+            h = torch.baddbmm(b, h.relu() if i else h, w)
+        shift, log_scale = h.chunk(2, dim=-1)
+        u, log_det = ((u - shift) * (-log_scale).exp()).flip(-1), log_det - log_scale.sum(-1)
+    return (log_normal(u, mu, log_var) + log_det).sum(0) - power * log_normal(z)
+
+
+@cache
+def compiled_gradient():
+    """torch.compile of inputs -> (gradient in z [b d], (sum, log_poe_stacked [b])), one graph."""
+    def log_p(*inputs):
+        value = log_poe_stacked(*inputs)
+        return value.sum(), value
+    return torch.compile(torch.func.grad_and_value(log_p, has_aux=True))
+
+
+def joint_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stage J: -sum_j lambda_j log p(x_j|z) + beta KL(q(z|X) || N(0, I)), one z ~ q(z|X).
+    lambda_j = max_k dim_k / dim_j with --rescale: a small image counts as much as a large one."""
+    mu, log_var = model.joint_encoder(x)
+    z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)                  # [b d]
+    kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum(1).mean()
+    dims = {m: math.prod(s) for m, s in model.shapes.items()}
+    nll = {m: -log_lik(x[m], decode(z), args.decoder_dist, args.decoder_scale).mean()
+           for m, decode in model.decoders.items()}
+    weight = {m: max(dims.values()) / d if args.rescale else 1.0 for m, d in dims.items()}
+    loss = sum(weight[m] * nll[m] for m in nll) + args.beta * kl
+    return loss, {"kl_joint_nats": kl.detach()} | {f"nll_{m}_nats": v.detach() for m, v in nll.items()}
+
+
+def flow_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stage U: -sum_j log q_j(z|x_j), z ~ q(z|X) fixed; up to q's entropy sum_j KL(q || q_j)."""
+    with torch.no_grad():
+        mu, log_var = (p.float() for p in model.joint_encoder(x))
+        z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)              # [b d]
+        log_q = log_normal(z, mu, log_var).mean()
+    nll = {}
+    for m, q in model.posteriors.items():
+        mu, log_var = (p.float() for p in q["encoder"](model.code(x, m)))
+        with torch.autocast(z.device.type, enabled=False):                 # flows stay fp32
+            nll[m] = -log_poe(z, [(mu, log_var, q["flow"])]).mean()
+    return sum(nll.values()), {f"kl_{m}_nats": v.detach() + log_q for m, v in nll.items()}
+
+
+def contrastive_loss(codes: list[Tensor], tau: float) -> Tensor:
+    """Stage S, InfoNCE on unit codes [b f], one a modality: mean over rows, sum over pairs.
+
+    The 2b codes of a pair of modalities are stacked; a row's positive is its partner, and every
+    other row, of both modalities, stands in the denominator.
+    """
+    loss = codes[0].new_zeros(())
+    for a, b in combinations(codes, 2):
+        rows = torch.cat([a, b])                                           # [2b f]
+        logits = rows @ rows.T / tau - torch.diag(rows.new_full((len(rows),), torch.inf))
+        partner = torch.arange(len(rows), device=a.device).roll(len(a))
+        loss = loss + F.cross_entropy(logits, partner)
+    return loss
+
+
+def dcca_loss(codes: list[Tensor], ridge: float = 1e-3, eps: float = 1e-9) -> Tensor:
+    """Stage S, deep CCA: minus the canonical correlations of codes [b f], b > f, over all pairs.
+
+    T = S11^-1/2 S12 S22^-1/2; correlations: roots of the eigenvalues of T'T + ridge I. The same
+    ridge stands on S11 and S22 (Andrew et al. 2013). float64 inside.
+    """
+    codes = [c.double() - c.double().mean(0) for c in codes]
+    eye = torch.eye(codes[0].shape[1]).to(codes[0])
+
+    def whitener(c: Tensor) -> Tensor:                                     # [b f] -> S^-1/2 [f f]
+        val, vec = torch.linalg.eigh(c.T @ c / (len(c) - 1) + ridge * eye)
+        return vec * val.clamp_min(eps).rsqrt() @ vec.T
+
+    loss = codes[0].new_zeros(())
+    for a, b in combinations(codes, 2):
+        t = whitener(a) @ (a.T @ b / (len(a) - 1)) @ whitener(b)
+        loss = loss - torch.linalg.eigvalsh(t.T @ t + ridge * eye).clamp_min(eps).sqrt().sum()
+    return loss
+
+
+def shared_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stage S of JNF-Shared on the codes g_j(x_j)."""
+    codes = [model.code(x, m).float() for m in model.modalities]
+    loss = contrastive_loss(codes, args.tau) if args.shared == "contrastive" else dcca_loss(codes)
+    return loss, {}
+
+
+# ---- Sampler -------------------------------------------------------------------------------------
+def hmc(log_prob, z: Tensor, n_steps: int, step_size: float, n_leapfrog: int, n_adapt: int = 0,
+        scale: Tensor | float = 1.0, target_accept: float = 0.8, jitter: float = 0.0,
+        trace: list | None = None, value_and_grad=None) -> tuple[Tensor, Tensor]:
+    """Hamiltonian Monte Carlo, H = -log_prob(z) + |momentum|^2 / 2, a chain for each row of z.
+
+    log_prob   [b d] -> [b] nats, unnormalised; rows must not interact
+    step_size  of the leapfrog, in units of scale [b d], the target's rough standard deviations;
+               each step draws it from step_size (1 +- jitter), which breaks periodic orbits
+    n_adapt    steps before the n_steps in which every chain tunes its own step size to
+               target_accept by dual averaging (Hoffman & Gelman 2014, Algorithm 5, gamma 0.2)
+    trace      list that gets z [b d] after each of the n_steps
+    value_and_grad  z -> (log_prob [b], its gradient [b d]), if there is a faster way than autograd
+    Returns    (z [b d], mean acceptance probability [] of the n_steps); the given z is not changed.
+    A proposal of non-finite energy is rejected; a start of non-finite density: FloatingPointError.
+    """
+    def autograd(z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            log_p = log_prob(z)
+            return log_p.detach(), torch.autograd.grad(log_p.sum(), z)[0]  # rows are separate: sum
+
+    value_and_grad = value_and_grad or autograd
+    log_p, grad = value_and_grad(z)
+    if not log_p.isfinite().all():
+        raise FloatingPointError("hmc: a chain starts where the log-density is not finite")
+    log_eps = torch.full_like(log_p, math.log(step_size))                  # [b]
+    log_eps_mean, h_mean, accept_rate = torch.zeros_like(log_p), torch.zeros_like(log_p), 0.0
+    for t in range(1, n_adapt + n_steps + 1):
+        eps = log_eps.exp() * (1 + jitter * (2 * torch.rand_like(log_p) - 1))
+        eps = eps[:, None] * scale                                         # [b d]
+        momentum = torch.randn_like(z)
+        energy = 0.5 * (momentum**2).sum(1) - log_p
+        z_new, log_p_new, grad_new = z, log_p, grad
+        for _ in range(n_leapfrog):
+            momentum = momentum + 0.5 * eps * grad_new
+            z_new = z_new + eps * momentum
+            log_p_new, grad_new = value_and_grad(z_new)
+            momentum = momentum + 0.5 * eps * grad_new
+        energy_new = 0.5 * (momentum**2).sum(1) - log_p_new
+        prob = torch.where(energy_new.isfinite(), (energy - energy_new).clamp(max=0).exp(), 0.0)
+        accept = torch.rand_like(prob) < prob                              # [b]
+        z, grad = (torch.where(accept[:, None], a, b) for a, b in ((z_new, z), (grad_new, grad)))
+        log_p = torch.where(accept, log_p_new, log_p)
+        if t <= n_adapt:
+            h_mean = h_mean + (target_accept - prob - h_mean) / (t + 10)
+            log_eps = math.log(10 * step_size) - math.sqrt(t) / 0.2 * h_mean
+            log_eps_mean = log_eps_mean + t**-0.75 * (log_eps - log_eps_mean)
+            log_eps = log_eps_mean if t == n_adapt else log_eps
+        else:
+            accept_rate = accept_rate + prob.mean() / n_steps
+            if trace is not None:
+                trace.append(z)
+    return z, accept_rate
+
+
+def product_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Gaussian guess of a product's width from draws [s k b d] of its s experts.
+
+    precision = sum_j 1/var_j - (s-1). Returns standard deviations [b d], at most 1 as the prior's,
+    and the share [] of negative precisions, where expert product / prior^(s-1) is not integrable.
+    """
+    precision = (1 / draws.var(1).clamp_min(1e-6)).sum(0) - (len(draws) - 1)
+    return precision.clamp_min(1.0).rsqrt(), (precision <= 0).float().mean()
+
+
+@torch.no_grad()
+def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, list] | None = None,
+                     product: bool = False, trace: list | None = None) -> Tensor:
+    """z ~ q(z|x_S) [b d] given images of any non-empty subset S, x = {modality: [b c h w]}.
+
+    All modalities: the joint encoder (product=True: their product of experts). One: the flow's
+    inverse. Otherwise HMC; stats then collects accept_rate and improper, trace the chains.
+    """
+    observed = [m for m in model.modalities if m in x]
+    if len(observed) == len(model.modalities) and not product:
+        mu, log_var = model.joint_encoder(x)
+        return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
+    posteriors = [model.posteriors[m] for m in observed]
+    experts = [(*q["encoder"](model.code(x, m)), q["flow"]) for m, q in zip(observed, posteriors)]
+    several = len(observed) > 1
+    k = 16 if several and args.hmc_adapt else 1                            # draws an expert
+    draws = []
+    for mu, log_var, flow in experts:
+        u = mu + (0.5 * log_var).exp() * torch.randn(k, *mu.shape, device=mu.device)
+        draws.append(u if several and args.hmc_start == "base" else flow.inverse(u))
+    draws = torch.stack(draws)                                             # [s k b d]
+    if not several:
+        return draws[0, 0]
+    b = draws.shape[2]
+    start = draws[torch.randint(len(observed), (b,)), 0, torch.arange(b)]  # one expert a chain
+    scale, improper = product_scale(draws) if k > 1 else (1.0, None)
+    power = 1 if args.prior_exponent == "official" else len(observed) - 1
+    fixed = (*(torch.stack(p) for p in zip(*(e[:2] for e in experts))),
+             stack_flows([flow for _, _, flow in experts]), power)
+    z, accept_rate = hmc(lambda z: log_poe_stacked(z, *fixed), start, args.hmc_steps,
+                         args.hmc_step_size, args.n_leapfrog, args.hmc_adapt, scale,
+                         jitter=0.2 if args.hmc_adapt else 0.0, trace=trace,
+                         value_and_grad=(lambda z: compiled_poe()(z, *fixed)) if args.compile
+                         else None)
+    for key, value in (("accept_rate", accept_rate), ("improper", improper)):
+        if stats is not None and value is not None:
+            stats.setdefault(key, []).append(value)
+    return z
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def train_step(model: JNF, x: dict[str, Tensor], loss_fn, opt, args) -> dict[str, Tensor]:
+    """One optimiser step of a stage; loss_fn(model, x, args) -> (loss, metrics), all tensors."""
+    device = next(iter(x.values())).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=args.amp):
+        loss, metrics = loss_fn(model, x, args)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    return {"loss": loss.detach()} | metrics
+
+
+def validate(model: JNF, dataset: data.Dataset, loss_fn, args) -> dict[str, float]:
+    """Mean loss and metrics over a data set, with the same noise each time."""
+    def metrics(x):
+        loss, terms = loss_fn(model, x, args)
+        return {"loss": loss} | terms
+    return common.mean_over(metrics, data.batches(dataset, args.eval_batch), seed=0)
+
+
+def with_frozen_features(model: JNF, dataset: data.Dataset, args) -> data.Dataset:
+    """For stage U: the frozen nets run once over every image instead of once a step (D5)."""
+    heads = {m: data.encode(net, dataset.x[m]) for m, net in model.joint_heads.items()}
+    dataset = dataset.attach("head", heads)
+    if args.shared == "none":
+        return dataset
+    return dataset.attach("code", {m: data.encode(lambda x, m=m: model.code({m: x}, m), dataset.x[m])
+                                   for m in model.modalities})
+
+
+def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], args, run,
+                state: dict | None) -> None:
+    """Train one stage, from its start or a checkpoint's state; the model ends with its best."""
+    name, loss_fn, n_epochs, parts = stage
+    model.requires_grad_(False).eval()
+    parts.requires_grad_(True).train()
+    params = list(parts.parameters())
+    opt = torch.optim.Adam(params, args.lr, fused=True)
+    opt.register_step_pre_hook(lambda *_: common.average_gradients(params, run.world))
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=args.plateau or 10**9)
+    batch = args.dcca_batch if (name, args.shared) == ("shared", "dcca") else args.batch_size
+    if name == "flow":
+        sets = [with_frozen_features(model, s, args) for s in sets]
+    train_set, val_set = sets
+    images = [] if "code_" + model.modalities[0] in train_set.x else model.modalities
+    names = images + [n for n in train_set.x if n not in model.modalities]
+    per_epoch = max(len(train_set) // batch, 1)
+    total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
+    step, best = 0, {"loss": math.inf, "model": model.state_dict()}
+    if state is not None:
+        opt.load_state_dict(state["opt"])
+        schedule.load_state_dict(state["schedule"])
+        step, best = state["step"], state["best"]
+    loss_fn = torch.compile(loss_fn) if args.compile else loss_fn
+    while step < total:
+        epoch = step // per_epoch
+        order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
+        for x in data.batches(train_set, batch, order, run.device, step % per_epoch, run.rank,
+                              run.world, names):
+            metrics = train_step(model, x, loss_fn, opt, args)
+            step += 1
+            if step % args.log_every == 0 or step == total:
+                run.log(stage=name, step=step, epoch=epoch, split="train", **metrics)
+                run.progress(name, epoch, n_epochs, step, total, batch, **metrics)
+            if step % per_epoch == 0 or step == total:
+                val = validate(model, val_set, loss_fn, args)
+                run.log(stage=name, step=step, epoch=epoch, split="val", **val)
+                schedule.step(val["loss"])
+                if val["loss"] < best["loss"]:
+                    weights = {k: v.clone() for k, v in model.state_dict().items()}
+                    best = {"loss": val["loss"], "model": weights}
+            if run.checkpoint_due():
+                run.save({"stage": index, "step": step, "model": model.state_dict(), "best": best,
+                          "opt": opt.state_dict(), "schedule": schedule.state_dict()})
+            if run.stop_requested:
+                run.stop()
+            if step == total:
+                break
+    model.load_state_dict(best["model"])
+    run.say(f"stage {name}: {step} steps, best validation loss {best['loss']:.4f}")
+
+
+def train(model: JNF, train_set: data.Dataset, val_set: data.Dataset, args, run) -> None:
+    """Stages S (JNF-Shared), J, U in turn; --resume goes on where the checkpoint stands."""
+    joint = nn.ModuleList([model.joint_heads, model.joint_trunk, model.decoders])
+    stages = [("joint", joint_loss, args.epochs_joint, joint),
+              ("flow", flow_loss, args.epochs_flow, model.posteriors)]
+    if args.shared != "none":
+        stages.insert(0, ("shared", shared_loss, args.epochs_shared, model.projectors))
+    state = run.load(args.checkpoint, free=INFERENCE_FLAGS) if args.resume else {"stage": 0}
+    if args.resume:
+        model.load_state_dict(state["model"])
+    for i in range(state["stage"], len(stages)):
+        resumed = state if i == state["stage"] and "opt" in state else None
+        train_stage(model, i, stages[i], [train_set, val_set], args, run, resumed)
+        run.save({"stage": i + 1, "model": model.state_dict()})
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
+    """Posterior match, coherence, Fréchet distances, chain diagnostics, pictures; test split.
+
+    kl_<m>_nats estimates the mean KL(q(z|X) || q_m(z|x_m)), what stage U leaves unexplained.
+    """
+    torch.manual_seed(args.seed)
+    model.requires_grad_(False).eval()
+    device, stats = run.device, {}
+    metrics = {}
+    for name, loss_fn in (("joint", joint_loss), ("flow", flow_loss)):
+        metrics |= validate(model, test, loss_fn, args)
+        metrics[f"loss_{name}"] = metrics.pop("loss")
+    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+
+    def decode(z, targets=model.modalities):
+        return {m: model.decoders[m](z) for m in targets}
+
+    def generate(x, targets):
+        return decode(sample_posterior(model, x, args, stats), targets)
+
+    priors = {"normal": lambda b: decode(torch.randn(b, args.z_dim, device=device))}
+    if args.latent_prior == "gmm":
+        z = [sample_posterior(model, x, args) for x in data.batches(
+            train_set.head(20_000), args.eval_batch, device=device)]
+        gmm = common.fit_gmm(torch.cat(z), args.gmm_components)
+        priors["gmm"] = lambda b: decode(common.sample_gmm(gmm, b).to(device))
+    for name, sample in priors.items():                                    # the chosen one is last
+        joint = common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
+        metrics |= joint | {f"{k}_{name}_prior": v for k, v in joint.items() if len(priors) > 1}
+    metrics |= common.coherence_cross(generate, test, judges, args.eval_batch, real) | real.metrics
+    metrics |= diagnose_chains(model, test, args, run, stats)
+    metrics |= {k: torch.stack(v).mean().item() for k, v in stats.items()}
+    if metrics.get("improper", 0) > 0.01:
+        run.say(f"WARNING: the product of experts is improper in {metrics['improper']:.1%} of its "
+                "dimensions (experts wider than the prior): chains may run away there")
+    common.save_joint_grid(run.dir / "samples.png", sample(16))
+    given = test.take(slice(8), device)
+    cross = {}
+    for m in given:
+        x = generate({m: repeat(given[m], "r ... -> (r k) ...", k=4)}, model.modalities)
+        cross[m] = {t: rearrange(v, "(r k) ... -> r k ...", k=4) for t, v in x.items()}
+    common.save_cross_grid(run.dir / "cross.png", given, cross)
+    if args.z_dim == 2:
+        draw_posteriors(model, given, args, run)
+    return metrics
+
+
+def diagnose_chains(model: JNF, test: data.Dataset, args, run, stats) -> dict[str, float]:
+    """HMC on two modalities of 64 test items, 4 chains each, 10 times the usual length."""
+    x = test.take(slice(64), run.device, model.modalities[:2])
+    x = {m: repeat(v, "b ... -> (b c) ...", c=4) for m, v in x.items()}
+    longer, trace = argparse.Namespace(**vars(args) | {"hmc_steps": 10 * args.hmc_steps}), []
+    sample_posterior(model, x, longer, stats, product=True, trace=trace)
+    chains = rearrange(torch.stack(trace).cpu(), "n (b c) d -> n c (b d)", c=4)
+    return common.chain_report(chains, run.dir / "diagnostics.png", stats["accept_rate"][-1])
+
+
+def draw_posteriors(model: JNF, given: dict[str, Tensor], args, run) -> None:
+    """posteriors.png, z_dim 2: p(z|x_j) of the decoder, its best diagonal Gaussian, the flow's."""
+    axis, rows = torch.linspace(-3.5, 3.5, 200, device=run.device), []
+    z = torch.cartesian_prod(axis, axis)                                   # [g 2]
+    for m, x in given.items():
+        mean, q = model.decoders[m](z), model.posteriors[m]
+        for xi in x[:3].split(1):
+            log_p = log_normal(z) + log_lik(xi, mean, args.decoder_dist, args.decoder_scale)
+            p = log_p.softmax(0)                                           # [g]
+            mu = p @ z
+            gaussian = log_normal(z, mu, (p @ (z - mu) ** 2).log()).softmax(0)
+            flow = log_poe(z, [(*q["encoder"](model.code({m: xi}, m)), q["flow"])]).softmax(0)
+            grids = [rearrange(v, "(a b) -> b a", a=200) for v in (p, gaussian, flow)]
+            rows.append([xi[0], *grids])
+    common.save_panels(run.dir / "posteriors.png", rows,
+                       ["given", "p(z|x)", "best Gaussian", "flow"])
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate; returns the metrics of result.json."""
+    args = parse_args(argv)
+    with common.open_run(args, __file__, argv) as run:
+        common.seed_everything(args.seed)
+        sizes = {"train": args.n_train, "val": args.n_train, "test": args.n_test}
+        sets = {split: data.load(args.dataset, split, args.data_dir, n=n, pairings=args.pairings,
+                                 n_modalities=args.n_modalities).to(run.device)
+                for split, n in sizes.items()}
+        try:
+            model = JNF(sets["train"].shapes, args)
+            model.to(run.device, memory_format=torch.channels_last)
+        except ValueError as error:
+            raise common.RunError(error) from None
+        run.start(model)
+        if args.eval_only:
+            model.load_state_dict(run.load(args.checkpoint, free=INFERENCE_FLAGS)["model"])
+        else:
+            train(model, sets["train"], sets["val"], args, run)
+        test = sets["test"].head(args.n_eval)
+        metrics = evaluate(model, sets["train"], test, args, run)
+        return run.finish(metrics, sets["train"].note, len(test))
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,23 @@
+"""What all tests share: the repository on the path, a fixed seed, one thread, no network."""
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)                        # for the scripts that tests start
+torch.set_num_threads(1)                                    # small tensors; bit-equal reruns
+
+
+@pytest.fixture(autouse=True)
+def _sealed(monkeypatch):
+    """Every test starts from one seed, and a download fails at once."""
+    def refuse(*args, **kwargs):
+        raise OSError("the tests have no network")
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    torch.manual_seed(0)

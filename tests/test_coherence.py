@@ -1,0 +1,180 @@
+"""Judges, the FID net, coherence and distances, on hand-made sets whose answers are known."""
+import hashlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.inception import Inception3
+
+import common
+import data
+
+N = 300
+
+
+def make_set(split, n=N, names=("a", "b", "c"), n_classes=10):
+    """Images of one shade each, the label's: the plainest task that a judge can have."""
+    y = torch.arange(n) % n_classes
+    x = {m: (y * 25).byte()[:, None, None, None].expand(n, 1 + 2 * (m == "b"), 12, 12).contiguous()
+         for m in names}
+    return data.Dataset(x=x, y=y, kinds=dict.fromkeys(names, "image"), name="toy", split=split)
+
+
+class Reader(nn.Module):
+    """A perfect judge of `make_set`: reads the label off the first pixel."""
+    accuracy = 1.0
+
+    def forward(self, x):
+        return F.one_hot((x[:, 0, 0, 0] * 10.2).round().long(), 11).float(), x.flatten(1)[:, :2]
+
+
+JUDGES = {m: Reader() for m in "abc"}
+
+
+def images(labels):
+    return (labels.float() / 10.2)[:, None, None, None].expand(-1, 1, 12, 12)
+
+
+# ---- Coherence ----------------------------------------------------------------------------------
+def test_joint_coherence_of_copies_of_chance_and_of_a_hand_made_case():
+    sizes = []
+
+    def copies(b):
+        sizes.append(b)
+        return dict.fromkeys("abc", images(torch.randint(10, (b,))))
+    assert common.coherence_joint(copies, JUDGES, n=25, batch_size=10) == {"coherence_joint": 1.0}
+    assert sizes == [10, 10, 5]
+
+    def chance(b):
+        return {m: images(torch.randint(10, (b,))) for m in "ab"}
+    two = {m: JUDGES[m] for m in "ab"}
+    joint = common.coherence_joint(chance, two, n=20_000)["coherence_joint"]
+    assert joint == pytest.approx(0.1, abs=0.01)
+    rows = torch.tensor([[1, 1, 1], [1, 1, 2], [3, 3, 3], [4, 5, 5]]).T          # 2 of 4 agree
+    by_hand = common.coherence_joint(lambda b: dict(zip("abc", map(images, rows))), JUDGES, n=4)
+    assert by_hand == {"coherence_joint": 0.5}
+    assert common.coherence_joint(chance, {"a": Reader()}, n=5) == {}            # nothing to agree with
+
+
+def test_cross_coherence_over_all_subsets_by_hand():
+    calls = []
+
+    def generate(x, targets):                           # knows the label only if it is shown "a"
+        calls.append((tuple(x), tuple(targets)))
+        seen = next(iter(x.values()))
+        y = (seen[:, :1] * 10.2).round() if "a" in x else torch.full_like(seen[:, :1], 10)
+        return {t: y / 10.2 for t in targets}
+    got = common.coherence_cross(generate, make_set("test"), JUDGES, batch_size=200)
+    ones = {"a_to_b", "a_to_c", "a+b_to_c", "a+c_to_b"}
+    zeros = {"b_to_a", "b_to_c", "c_to_a", "c_to_b", "b+c_to_a"}
+    expected = {f"coherence_{k}": 1.0 for k in ones} | {f"coherence_{k}": 0.0 for k in zeros}
+    expected |= {"coherence_cross_1": 2 / 6, "coherence_cross_2": 2 / 3, "coherence_subsets": 6}
+    assert got == pytest.approx(expected)
+    assert len(calls) == 12 and calls[0] == (("a",), ("b", "c"))                 # two batches each
+
+
+def test_cross_coherence_of_many_modalities_takes_a_fixed_sample_of_every_size():
+    names = [f"m{i}" for i in range(7)]
+    test, seen = make_set("test", 20, names), []
+
+    def generate(x, targets):
+        seen.append(tuple(x))
+        return {t: images(test.y) for t in targets}
+    judges = {m: Reader() for m in names}
+    got = common.coherence_cross(generate, test, judges)
+    assert len(seen) == len(set(seen)) == got["coherence_subsets"] == 30
+    assert [sum(len(s) == k for s in seen) for k in range(1, 7)] == [5] * 6
+    first = list(seen)
+    common.coherence_cross(generate, test, judges)
+    assert seen[30:] == first
+    got = common.coherence_cross(generate, test, judges, subsets=[("m0", "m6")])
+    assert got["coherence_cross_2"] == got["coherence_m0+m6_to_m3"] == 1 and len(got) == 7
+
+
+def test_reference_measures_the_real_data_and_then_a_model():
+    test, train = make_set("test"), make_set("train", 2 * N)
+    real = common.reference(test, train, JUDGES, None)
+    assert real.metrics["coherence_ceiling"] == real.metrics["judge_accuracy_a"] == 1
+    assert real.metrics["frechet_clf_floor"] == pytest.approx(0, abs=1e-3)       # 299 against 599
+    assert {f"frechet_clf_floor_{m}" for m in "abc"} <= real.metrics.keys()
+
+    def moved(x, targets):                              # 0.1 in both features: distance 0.02
+        return {t: next(iter(x.values()))[:, :1] + 0.1 for t in targets}
+    got = common.coherence_cross(moved, test, JUDGES, reference=real)
+    assert got["frechet_clf_a_to_b"] == pytest.approx(0.02, rel=1e-3)
+    assert not any("+" in key and key.startswith("frechet") for key in got)
+    joint = common.coherence_joint(lambda b: test.take(slice(b)), JUDGES, N, N, real)
+    assert joint["frechet_clf_c"] == pytest.approx(0, abs=1e-6)
+    bare = common.reference(test, train, {}, lambda x: x.flatten(1)[:, :3])      # no labels: FID only
+    joint = common.coherence_joint(lambda b: test.take(slice(b)), {}, N, N, bare)
+    assert joint.keys() == {"fid_a", "fid_b", "fid_c"} and "fid_floor_a" in bare.metrics
+
+
+# ---- Judges -------------------------------------------------------------------------------------
+def test_judges_learn_are_cached_and_leave_the_random_state_alone(tmp_path, monkeypatch):
+    train, test, lines = make_set("train", 400, "b", 2), make_set("test", 40, "b", 2), []
+    state = torch.get_rng_state()
+    judges = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert judges["b"].accuracy == 1.0 and "WARNING" not in "".join(lines)
+    x = test.take(slice(8))["b"]
+    logits, features = judges["b"](x)
+    assert logits.shape == (8, 2) and features.shape == (8, 128)
+    assert not judges["b"].training and not any(p.requires_grad for p in judges["b"].parameters())
+
+    plain, trained = common._train_judge, []
+    monkeypatch.setattr(common, "_train_judge", lambda *a: (trained.append(1), plain(*a)))
+    torch.manual_seed(123)
+    again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
+    assert not trained and torch.equal(again["b"](x)[0], logits) and again["b"].accuracy == 1.0
+    for file in (tmp_path / "judges").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])                               # truncated
+    again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
+    assert len(trained) == 1 and torch.equal(again["b"](x)[0], logits)           # the same judge
+    common.load_judges(train.head(390), test, tmp_path / "judges", "cpu", lines.append)
+    assert len(trained) == 2                                                     # other data
+
+
+def test_a_weak_judge_is_loud_and_unlabelled_data_have_none(tmp_path):
+    train, test, lines = make_set("train", 200, "a"), make_set("test", 50, "a"), []
+    train.y[:] = train.y[torch.randperm(200)]
+    common.load_judges(train, test, tmp_path, "cpu", lines.append)
+    assert "WARNING" in "".join(lines)
+    bare = data.Dataset(x=train.x, y=None, kinds=train.kinds, name="toy", split="train")
+    assert common.load_judges(bare, bare, tmp_path, "cpu") == {}
+
+
+# ---- The FID net --------------------------------------------------------------------------------
+def test_fid_net_pools_like_the_tensorflow_graph():
+    net, seen = common._inception(), {}
+    for name in ("Mixed_5b", "Mixed_7b", "Mixed_7c"):
+        block = getattr(net, name)
+        block.register_forward_hook(lambda _, i, o, name=name: seen.update({name: (i[0], o)}))
+    grey = torch.rand(2, 1, 20, 20)
+    out = net(grey)
+    assert out.shape == (2, 2048) and torch.equal(out, net(grey.expand(-1, 3, -1, -1)))
+    assert torch.equal(out, net((grey * 255).round() / 255))                     # 8 bits
+    for name, (x, y) in seen.items():
+        mean = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        pooled = F.max_pool2d(x, 3, 1, 1) if name == "Mixed_7c" else mean
+        branch = getattr(net, name).branch_pool(pooled)
+        torch.testing.assert_close(y[:, -branch.shape[1]:], branch)
+
+
+def test_fid_weights_are_checked_and_their_absence_is_reported(tmp_path, monkeypatch, capsys):
+    assert common.load_inception(tmp_path, "cpu") is None                        # no network
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "pt_inception-2015-12-05-6726825d.pth" in said
+    file = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    file.write_bytes(b"not the weights")
+    with pytest.raises(common.RunError, match="6726825d"):
+        common.load_inception(tmp_path, "cpu")
+    weights = Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    torch.save({k: v for k, v in weights.items() if "num_batches" not in k}, file)  # as in 2015
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    file.rename(tmp_path / f"net-{sha}.pth")
+    monkeypatch.setattr(common, "INCEPTION_URL", f"https://host/net-{sha}.pth")
+    net = common.load_inception(tmp_path, "cpu")
+    conv = net.Mixed_7c.branch_pool.conv.weight
+    assert torch.equal(conv, weights["Mixed_7c.branch_pool.conv.weight"])

@@ -1,0 +1,428 @@
+"""Data sets: what is paired, what is pure, what is refused. No network; files are made up here."""
+import gzip
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import data
+from data import DataError, Dataset, batches, load, redraw
+
+FILE_SETS = [name for name in data.NAMES if name not in data.SYNTHETIC]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no network in tests")
+    for name in ("MNIST", "SVHN", "CIFAR10", "CelebA"):
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "download", refuse)
+
+
+def images(n, h, w, c, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, c), dtype=np.uint8)
+
+
+def write_mnist(folder, n_train=60, n_test=20, cut=None):
+    """Labels 0 1 .. 9 0 1 ..; each image is random, so it is its own name."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", n_train), ("t10k", n_test)):
+        x, y = images(n, 28, 28, 1, seed=n), np.arange(n, dtype=np.uint8) % 10
+        for kind, head, body in (("images-idx3", struct.pack(">IIII", 2051, n, 28, 28), x),
+                                 ("labels-idx1", struct.pack(">II", 2049, n), y)):
+            packed = gzip.compress(head + body.tobytes())
+            name = f"{prefix}-{kind}-ubyte.gz"
+            (raw / name).write_bytes(packed[:-20] if name == cut else packed)
+
+
+def write_svhn(folder, n_train=100, n_test=30):
+    for part, n in (("train", n_train), ("test", n_test)):
+        np.savez(folder / f"svhn_{part}.npz", x=images(n, 32, 32, 3), y=np.arange(n) % 10)
+
+
+def keys(x):
+    """The images of a pool as a set of byte strings."""
+    return {image.numpy().tobytes() for image in x}
+
+
+def pooled():
+    """Six tuples over pools of 4 and 9 rows whose pixels are their row numbers."""
+    x = {"a": torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1),
+         "b": torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1)}
+    pool_y = {"a": torch.arange(4) % 2, "b": torch.arange(9) % 2}
+    y = torch.tensor([0, 1, 0, 1, 0, 1])
+    rows = {"a": torch.tensor([0, 1, 2, 3, 0, 1]), "b": torch.tensor([0, 1, 2, 3, 4, 5])}
+    return Dataset(x, y, {"a": "image", "b": "image"}, "made up", "train", "", rows, pool_y)
+
+
+def numbered(n):
+    x = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
+    return Dataset({"a": x}, None, {"a": "image"}, "made up", "train")
+
+
+def pixels(stream):
+    return [(255 * x["a"]).round().int().flatten().tolist() for x in stream]
+
+
+# ---- Generated sets ----------------------------------------------------------------------------
+@pytest.mark.parametrize("name, shapes", [
+    ("synth_mnist_svhn", {"mnist": (1, 28, 28), "svhn": (3, 32, 32)}),
+    ("synth_polymnist", {f"m{i}": (3, 28, 28) for i in range(5)}),
+    ("synth_mnist", {"mnist": (1, 28, 28)}), ("synth_svhn", {"svhn": (3, 32, 32)}),
+    ("shapes", {"circle": (1, 32, 32), "square": (1, 32, 32)})])
+def test_generated_sets_are_what_they_say(name, shapes, tmp_path):
+    n = {"train": 90, "val": 10, "test": 100}
+    sets = {split: load(name, split, tmp_path, n=100) for split in n}
+    for split, d in sets.items():
+        assert len(d) == n[split] and d.shapes == shapes and d.modalities == list(shapes)
+        assert all(x.dtype == torch.uint8 and len(x) == n[split] for x in d.x.values())
+        assert d.y.dtype == torch.int64 and d.y.bincount().max() - d.y.bincount().min() <= 1
+        batch = d.take(slice(0, 7))
+        assert all(x.dtype == torch.float32 and 0 <= x.min() and 0.5 < x.max() <= 1
+                   for x in batch.values())
+    if name != "shapes":                        # few distinct shapes exist
+        for m in shapes:
+            found = [keys(d.x[m]) for d in sets.values()]
+            assert sum(map(len, found)) == len(set().union(*found)) == 200
+
+
+def test_generated_sets_are_pure_in_name_split_n_and_seed(tmp_path):
+    def same(a, b):
+        return torch.equal(a.y, b.y) and all(torch.equal(a.x[m], b.x[m]) for m in a.x)
+    first = load("synth_mnist_svhn", "val", tmp_path / "a", n=100)
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert same(first, load("synth_mnist_svhn", "val", tmp_path / "b", n=100))      # made again
+    assert same(first, load("synth_mnist_svhn", "val", tmp_path / "a", n=100))      # from the cache
+    for other in (dict(n=101), dict(n=100, seed=1)):
+        assert not same(first, load("synth_mnist_svhn", "val", tmp_path / "a", **other))
+    two, three = (load("synth_polymnist", "test", tmp_path, n=20, n_modalities=k) for k in (2, 3))
+    assert len(three.x) == 3 and same(two, three)       # more modalities change none of the others
+
+
+def test_cache_damaged_or_unwritable(tmp_path):
+    first = load("synth_mnist", "test", tmp_path, n=50)
+    (cached,) = (tmp_path / "synthetic").iterdir()      # and no temporary file beside it
+    cached.write_bytes(cached.read_bytes()[:500])
+    assert torch.equal(first.x["mnist"], load("synth_mnist", "test", tmp_path, n=50).x["mnist"])
+    assert zipfile.is_zipfile(cached)
+    (tmp_path / "file").write_text("in the way")
+    blocked = load("synth_mnist", "test", tmp_path / "file", n=50)
+    assert torch.equal(first.x["mnist"], blocked.x["mnist"])
+
+
+def ridge_accuracy(x, y, x_test, y_test):
+    """Ridge regression of pixels on one-hot labels, regularised by the best of three weights."""
+    mean = x.mean(0)
+    x, x_test, target = x - mean, x_test - mean, F.one_hot(y, 10).float() - 0.1
+    gram = x.T @ x
+    def accuracy(weight):
+        w = torch.linalg.solve(gram + weight * torch.eye(len(gram)), x.T @ target)
+        return ((x_test @ w).argmax(1) == y_test).float().mean().item()
+    return max(accuracy(weight) for weight in (10.0, 100.0, 1000.0))
+
+
+def test_pixels_of_colour_modalities_are_not_linearly_separable(tmp_path):
+    for name, n_modalities, linear in (("synth_mnist_svhn", 5, {"mnist"}), ("synth_polymnist", 2, set())):
+        train, test = (load(name, split, tmp_path, n=n, n_modalities=n_modalities)
+                       for split, n in (("train", 3300), ("test", 500)))
+        x, x_test = train.take(slice(None)), test.take(slice(None))
+        for m in x:
+            accuracy = ridge_accuracy(x[m].flatten(1), train.y, x_test[m].flatten(1), test.y)
+            assert accuracy > 0.95 if m in linear else accuracy < 0.75, (m, accuracy)
+
+
+def test_every_modality_shows_the_label(tmp_path):
+    """A small net on 2000 images gets far above chance: digit and label go together."""
+    torch.manual_seed(0)
+    for name, m, n_modalities in (("synth_svhn", "svhn", 5), ("synth_polymnist", "m1", 2)):
+        train = load(name, "train", tmp_path, n=2200, n_modalities=n_modalities)
+        test = load(name, "test", tmp_path, n=500, n_modalities=n_modalities)
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 5, 2, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 48, 5, 2, 2),
+            torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(10))
+        x, x_test = train.take(slice(None))[m], test.take(slice(None))[m]
+        net(x[:1])
+        optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+        for rows in torch.cat([torch.randperm(len(x)) for _ in range(5)]).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x[rows]), train.y[rows]).backward()
+            optimiser.step()
+        accuracy = (net(x_test).argmax(1) == test.y).float().mean()
+        assert accuracy > 0.8, (m, accuracy)
+
+
+def test_shapes_share_full_or_hollow_and_nothing_else(tmp_path):
+    d = load("shapes", "test", tmp_path, n=2000)
+    for x in d.x.values():
+        assert torch.equal(x[:, 0, 15:17, 15:17].float().mean((1, 2)), 255.0 * (d.y == 0))
+    top = [(x[:, 0].amax(2) > 0).int().argmax(1).float() for x in d.x.values()]     # outer radius
+    assert abs(torch.corrcoef(torch.stack(top))[0, 1]) < 0.1
+    for t in top:
+        assert abs(t[d.y == 0].mean() - t[d.y == 1].mean()) < 0.6                   # pixels
+
+
+@pytest.mark.parametrize("options", [dict(n_modalities=1), dict(n_modalities=17), dict(n=1)])
+def test_bad_options_are_refused(options, tmp_path):
+    with pytest.raises(DataError, match="must"):
+        load("synth_polymnist", "test", tmp_path, **options)
+
+
+# ---- Batches and pools -------------------------------------------------------------------------
+def test_epoch_covers_everything_once_and_resumes_exactly():
+    d, g = numbered(23), torch.Generator()
+    epoch = pixels(batches(d, 5, g.manual_seed(1)))
+    assert [len(x) for x in epoch] == [5] * 4                   # the last partial batch is dropped
+    assert len({i for x in epoch for i in x}) == 20 and sum(epoch, []) != sorted(sum(epoch, []))
+    for start in range(5):
+        assert pixels(batches(d, 5, g.manual_seed(1), start=start)) == epoch[start:]
+    again = pixels(batches(d, 5, g))                            # the generator has moved on
+    assert again != epoch
+
+
+def test_ranks_tile_the_global_batch():
+    d, g = numbered(20), torch.Generator()
+    whole = pixels(batches(d, 6, g.manual_seed(2)))
+    parts = [pixels(batches(d, 6, g.manual_seed(2), rank=r, world=3)) for r in range(3)]
+    assert [sorted(sum(shards, [])) for shards in zip(*parts)] == [sorted(x) for x in whole]
+    assert all(len(shard) == 2 for shards in parts for shard in shards)
+
+
+def test_batches_without_generator_and_small_sets():
+    assert pixels(batches(numbered(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert pixels(batches(numbered(7), 3, start=1)) == [[3, 4, 5], [6]]
+    (only,) = pixels(batches(numbered(3), 8, torch.Generator().manual_seed(0)))
+    assert sorted(only) == [0, 1, 2]
+
+
+def test_redraw_keeps_classes_and_changes_pairs():
+    d = pooled()
+    g = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        new = redraw(d, g)
+        for m in d.rows:
+            assert torch.equal(d.pool_y[m][new.rows[m]], d.y)
+        assert len(new.rows["b"].unique()) == 6                 # without replacement: pool is larger
+        assert sorted(new.rows["a"].tolist())[::2] != [0, 0, 0]
+        seen.add(tuple(zip(new.rows["a"].tolist(), new.rows["b"].tolist())))
+    assert len(seen) > 10
+    for split in ("val", "test"):
+        fixed = Dataset(**{**vars(d), "split": split})
+        assert redraw(fixed, g) is fixed
+
+
+def test_attached_features_follow_their_modality():
+    d = pooled().attach("code", {"b": torch.arange(9.0)[:, None] * 10})
+    assert d.kinds["code_b"] == "feature" and set(d.shapes) == {"a", "b"} == set(d.modalities)
+    for x in batches(d, 2, torch.Generator().manual_seed(3)):
+        assert torch.equal(x["code_b"], (x["b"].flatten(1) * 2550).round())
+    assert set(d.take(slice(0, 2), names=["code_b"])) == {"code_b"}
+    assert len(d.head(3)) == 3 and len(d.head(3).x["b"]) == 9 and len(d.head(99)) == 6
+    with pytest.raises(ValueError, match="4 rows of a"):
+        d.attach("code", {"a": torch.zeros(6, 1)})
+
+
+def test_kinds_decide_the_type_of_a_batch():
+    x = {"i": torch.full((2, 1, 1, 1), 255, dtype=torch.uint8), "t": torch.tensor([[7], [8]]),
+         "b": torch.tensor([[0], [1]], dtype=torch.uint8), "f": torch.tensor([[2.5], [3.5]])}
+    kinds = {"i": "image", "t": "text", "b": "binary", "f": "feature"}
+    batch = Dataset(x, None, kinds, "made up", "test").take(torch.tensor([1]))
+    assert {m: (v.dtype, v.item()) for m, v in batch.items()} == {
+        "i": (torch.float32, 1), "t": (torch.int64, 8), "b": (torch.float32, 1),
+        "f": (torch.float32, 3.5)}
+
+
+# ---- Sets from files ---------------------------------------------------------------------------
+def test_splits_of_a_file_are_disjoint_and_balanced(tmp_path):
+    write_mnist(tmp_path, n_train=200)
+    train, val, test = (load("mnist", split, tmp_path) for split in ("train", "val", "test"))
+    assert val.y.bincount().tolist() == [2] * 10 and train.y.bincount().tolist() == [18] * 10
+    assert len(keys(train.x["mnist"]) | keys(val.x["mnist"]) | keys(test.x["mnist"])) == 220
+    whole = torch.from_numpy(images(200, 28, 28, 1, seed=200)).permute(0, 3, 1, 2)
+    assert torch.equal(train.x["mnist"], whole[:180]) and torch.equal(val.x["mnist"], whole[180:])
+    assert len(load("mnist", "train", tmp_path, n=100)) == 90
+
+
+def test_mnist_svhn_never_leaks_and_pairs_by_class(tmp_path):
+    write_mnist(tmp_path)
+    write_svhn(tmp_path)
+    train, val, test = (load("mnist_svhn", s, tmp_path, pairings=3) for s in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (150, 10, 20)
+    for d in (train, redraw(train, torch.Generator().manual_seed(0)), val, test):
+        for m in d.rows:
+            assert torch.equal(d.pool_y[m][d.rows[m]], d.y)
+    assert train.rows["mnist"].bincount().tolist() == [3] * 50      # each image in every pairing
+    assert set(train.rows["svhn"].bincount().tolist()) <= {1, 2}    # 90 images for 150 places
+    for m in train.x:
+        assert not keys(train.x[m]) & keys(val.x[m])
+        assert torch.equal(train.modality(m)[1], train.pool_y[m])
+    for seed in (1, 2):
+        again = load("mnist_svhn", "test", tmp_path, seed=seed)
+        assert all(torch.equal(again.rows[m], test.rows[m]) for m in test.rows)
+        other = load("mnist_svhn", "train", tmp_path, seed=seed, pairings=3)
+        assert not torch.equal(other.rows["svhn"], train.rows["svhn"])
+
+
+def test_drop_in_files(tmp_path):
+    a = np.random.default_rng(0).integers(0, 2, (20, 40), dtype=np.uint8)
+    np.savez(tmp_path / "celeba_test.npz", x=images(20, 64, 64, 3), attributes=a, note="made up")
+    d = load("celeba", "test", tmp_path)
+    assert d.kinds == {"image": "image", "attributes": "binary"} and d.note == "made up"
+    assert d.y is None and d.shapes == {"image": (3, 64, 64), "attributes": (40,)}
+    assert torch.equal(d.take(slice(0, 5))["attributes"], torch.from_numpy(a[:5]).float())
+    np.savez(tmp_path / "paired_train.npz", left=images(40, 8, 6, 3), right=images(40, 5, 5, 1)[..., 0])
+    d = load("paired", "train", tmp_path)
+    assert d.shapes == {"left": (3, 8, 6), "right": (1, 5, 5)} and len(d) == 36
+    assert torch.equal(d.x["left"][3, 1], torch.from_numpy(images(40, 8, 6, 3)[3, :, :, 1]))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(x=images(30, 28, 28, 3)), "(30, 28, 28, 3)"), (dict(x=images(30, 32, 32, 3) / 255), "float64"),
+    (dict(x=None), "keys"), (dict(y=None), "keys"), (dict(y=np.arange(29) % 10), "integers [30]"),
+    (dict(y=np.arange(30) % 10 + 1), "0..9"), (dict(y=np.arange(30) / 9), "integers"),
+    (dict(x=images(0, 32, 32, 3), y=np.arange(0)), "uint8")])
+def test_wrong_npz_is_named(change, words, tmp_path):
+    arrays = dict(x=images(30, 32, 32, 3), y=np.arange(30) % 10) | change
+    path = tmp_path / "svhn_test.npz"
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(DataError) as error:
+        load("svhn", "test", tmp_path)
+    assert str(path) in str(error.value) and words in str(error.value)
+    assert "synth_svhn" in str(error.value)
+
+
+def test_damaged_files_are_named(tmp_path):
+    write_svhn(tmp_path)
+    path = tmp_path / "svhn_test.npz"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for damage in (whole[:len(whole) // 2], bytes(flipped), b""):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="svhn_test.npz"):
+            load("svhn", "test", tmp_path)
+    for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
+        write_mnist(tmp_path / name, cut=name)
+        with pytest.raises(DataError, match=name):
+            load("mnist", "test", tmp_path / name)
+        raw = tmp_path / name / "MNIST" / "raw" / name
+        raw.write_bytes(gzip.compress(struct.pack(">IIII", 2051, 20, 28, 28) + bytes(100)))
+        with pytest.raises(DataError, match=name):              # whole archive, short content
+            load("mnist", "test", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_missing_files_name_the_synthetic_twin_and_leave_nothing(name, tmp_path):
+    with pytest.raises(DataError) as error:
+        load(name, "train", tmp_path)
+    message = str(error.value)
+    assert data.TWINS[name] in message and str(tmp_path) in message and "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_name_lists_the_names():
+    with pytest.raises(DataError, match="synth_mnist_svhn, .*celeba"):
+        load("mnist_svnh", "train")
+
+
+def test_download_is_kept_once_it_is_whole(tmp_path, monkeypatch):
+    calls = []
+
+    class Fake:
+        def __init__(self, root, split, download):
+            calls.append(download)
+            if not download:
+                raise RuntimeError("not found or corrupted")
+            (tmp_path / root / "half.mat").write_bytes(b"1")
+            if len(calls) == 2:
+                raise OSError("connection lost")
+            self.data, self.labels = images(20, 3, 32, 32), np.arange(20) % 10
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", Fake)
+    with pytest.raises(DataError, match="connection lost"):
+        load("svhn", "test", tmp_path)
+    assert not list(tmp_path.iterdir())
+    first, second = load("svhn", "test", tmp_path), load("svhn", "test", tmp_path)
+    assert calls == [False, True, False, True] and torch.equal(first.x["svhn"], second.x["svhn"])
+    assert [path.name for path in tmp_path.iterdir()] == ["svhn_test.npz"]
+
+
+# ---- PolyMNIST ---------------------------------------------------------------------------------
+def write_backgrounds(folder, n, size=33, value=None):
+    """Names that sort wrongly as text. Returns the pictures as decoded, [n size size 3]."""
+    (folder / "backgrounds").mkdir()
+    pictures = []
+    for i in range(n):
+        path = folder / "backgrounds" / f"{i + 8}_{'zyxwvutsrqp'[i]}.jpg"
+        picture = images(size, size, 3, 1, seed=i)[..., 0] if value is None else np.full((size, size, 3), value, np.uint8)
+        Image.fromarray(picture).save(path)
+        pictures.append(np.array(Image.open(path)))
+    return np.stack(pictures)
+
+
+def test_polymnist_inverts_a_crop_under_another_digit_of_the_class(tmp_path):
+    write_mnist(tmp_path, n_test=30)
+    pictures = write_backgrounds(tmp_path, 5)
+    d = load("polymnist", "test", tmp_path)
+    assert d.modalities == ["m0", "m1", "m2", "m3", "m4"] and "not the official" in d.note
+    digits = images(30, 28, 28, 1, seed=30) > 128
+    partner = np.full((30, 5), -1)
+    for m, picture in enumerate(pictures):
+        crops = [picture[i:i + 28, j:j + 28] for i in range(5) for j in range(5)]
+        for i in range(30):
+            x = d.x[f"m{m}"][i].permute(1, 2, 0).numpy()
+            for k in range(int(d.y[i]), 30, 10):                # images of the class
+                if any(np.array_equal(x, np.where(digits[k], 255 - crop, crop)) for crop in crops):
+                    partner[i, m] = k
+        assert sorted(partner[:, m]) == list(range(30))         # a permutation within each class
+    assert len({tuple(column) for column in partner.T}) == 5    # of its own in each modality
+    again = load("polymnist", "test", tmp_path, seed=3)
+    assert all(torch.equal(d.x[m], again.x[m]) for m in d.x)
+
+
+def test_translated_polymnist_shrinks_and_moves(tmp_path):
+    write_mnist(tmp_path, n_test=10)
+    write_backgrounds(tmp_path, 5, value=0)
+    d = load("translated_polymnist", "test", tmp_path)
+    x = torch.from_numpy(images(10, 28, 28, 1, seed=10)).permute(0, 3, 1, 2).float()
+    small = F.interpolate(x, size=(21, 21), mode="bilinear").to(torch.uint8) > 128
+    offsets = set()
+    for m in d.x:
+        for i in range(10):
+            found = [(a, b) for a in range(7) for b in range(7) if torch.equal(
+                d.x[m][i, 0] > 0, F.pad(small[i, 0], (b, 7 - b, a, 7 - a)))]
+            assert len(found) == 1
+            offsets.update(found)
+    assert len(offsets) > 20
+
+
+@pytest.mark.parametrize("layout", ["pt", "png"])
+def test_official_polymnist_layouts(layout, tmp_path):
+    pools = {f"m{m}": images(40, 28, 28, 3, seed=m) for m in range(5)}
+    folder, y = tmp_path / "MMNIST" / "train", np.arange(40) // 4
+    folder.mkdir(parents=True)
+    for m, x in pools.items():
+        if layout == "pt":
+            torch.save(torch.from_numpy(x).permute(0, 3, 1, 2) / 255, folder / f"{m}.pt")
+        else:
+            (folder / m).mkdir()
+            for i in range(40):
+                Image.fromarray(x[i]).save(folder / m / f"{i % 4}.{y[i]}.png")
+    torch.save(torch.from_numpy(y), folder / "labels.pt") if layout == "pt" else None
+    train, val = (load("polymnist", split, tmp_path) for split in ("train", "val"))
+    assert train.y.bincount().tolist() == [3] * 10 and val.y.tolist() == list(range(10))
+    for i in (0, 7, 29):                        # the tuple is the same row of every pool
+        rows = [np.flatnonzero((x == train.x[m][i].permute(1, 2, 0).numpy()).all((1, 2, 3)))
+                for m, x in pools.items()]
+        assert len({tuple(r) for r in rows}) == 1 and y[rows[0]] == train.y[i]
+    assert load("polymnist", "train", tmp_path, n=20).y.unique().tolist() == list(range(10))
+    next(folder.glob("m3.pt") if layout == "pt" else (folder / "m3").glob("*.png")).unlink()
+    with pytest.raises(DataError, match="MMNIST/train"):
+        load("polymnist", "train", tmp_path)

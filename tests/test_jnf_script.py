@@ -1,0 +1,275 @@
+"""jnf.py end to end through its command line: files, resume, ranks, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import jnf
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "3", "--hmc_adapt", "3", "--batch_size",
+        "32", "--epochs_shared", "3", "--epochs_joint", "3", "--epochs_flow", "3", "--log_every", "1",
+        "--eval_batch", "64"]
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 200), ("test", 30)):
+        shade = rng.integers(0, 255, (n, 1, 1, 1))
+        np.savez(tmp_path / f"paired_{split}.npz", a=np.broadcast_to(shade, (n, 8, 8, 1)).astype("u1"),
+                 b=np.broadcast_to(255 - shade, (n, 8, 8, 3)).astype("u1"))
+    return tmp_path
+
+
+def flags(folder, *more):
+    return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
+            *TINY, *more]
+
+
+def script(arguments, **popen):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, "jnf.py", *arguments], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def lines(run_dir):
+    """metrics.jsonl without the wall clock."""
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+def test_three_modalities_with_judges_all_files_and_all_subsets(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_judges", untrained_judges)
+    monkeypatch.setattr(common, "load_inception", lambda *_: None)
+    metrics = jnf.main(["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24",
+                        "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "runs"),
+                        "--latent_prior", "gmm", "--gmm_components", "2", *TINY])
+    run_dir = tmp_path / "runs/jnf/synth_polymnist/0"
+    for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
+                 "cross.png", "curves.png", "diagnostics.png", "result.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert {"coherence_m0+m1_to_m2", "coherence_m2_to_m0", "coherence_cross_1", "coherence_cross_2",
+            "coherence_joint", "coherence_joint_normal_prior", "kl_m1_nats", "accept_rate", "r_hat",
+            "ess_per_step", "frechet_clf_m0"} <= set(metrics)
+    assert metrics["coherence_subsets"] == 6
+    result = json.loads((run_dir / "result.json").read_text())
+    assert {"metrics", "note", "n", "seed", "minutes", "device", "torch", "command"} <= set(result)
+    assert result["metrics"]["coherence_cross_2"] == metrics["coherence_cross_2"]
+    again = jnf.main(["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24",
+                      "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "runs"),
+                      "--latent_prior", "gmm", "--gmm_components", "2", *TINY, "--eval_only"])
+    assert again == pytest.approx(metrics, nan_ok=True)             # the checkpoint is enough
+
+
+def untrained_judges(train, test, *_):
+    torch.manual_seed(0)
+    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
+    for judge in judges.values():
+        judge.accuracy = 0.1
+    return judges
+
+
+def test_shapes_draws_the_posteriors(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_judges", untrained_judges)
+    jnf.main(["--dataset", "shapes", "--n_train", "100", "--n_test", "12", "--data_dir",
+              str(tmp_path), "--out_dir", str(tmp_path / "runs"), *TINY, "--z_dim", "2"])
+    assert (tmp_path / "runs/jnf/shapes/0/posteriors.png").exists()
+
+
+@pytest.mark.parametrize("shared", ["contrastive", "dcca"])
+def test_jnf_shared_trains_projectors_first_and_freezes_them(paired, shared):
+    jnf.main(flags(paired, "--shared", shared, "--dcca_batch", "100"))
+    run_dir = paired / "runs/jnf/paired/0"
+    assert [s for s in dict.fromkeys(row["stage"] for row in lines(run_dir))] == \
+        ["shared", "joint", "flow"]
+    losses = [row["loss"] for row in lines(run_dir) if row["stage"] == "shared"
+              and row["split"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_stage_u_leaves_joint_part_and_projectors_unchanged(paired):
+    jnf.main(flags(paired, "--shared", "contrastive", "--epochs_flow", "0"))
+    checkpoint = paired / "runs/jnf/paired/0/checkpoint.pt"
+    before = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    jnf.main(flags(paired, "--shared", "contrastive", "--overwrite"))
+    after = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    for name in before:
+        if not name.startswith("posteriors"):
+            assert torch.equal(before[name], after[name]), name
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("posteriors"))
+
+
+def test_frozen_features_change_no_number(paired):
+    args = jnf.parse_args(flags(paired, "--shared", "contrastive"))
+    sets = data.load("paired", "val", paired)
+    torch.manual_seed(0)
+    model = jnf.JNF(sets.shapes, args)
+    cached = jnf.with_frozen_features(model, sets, args)
+    plain = jnf.validate(model, sets, jnf.flow_loss, args)
+    assert jnf.validate(model, cached, jnf.flow_loss, args) == pytest.approx(plain, rel=1e-5)
+
+
+def test_same_seed_same_numbers_other_seed_others(paired):
+    out = [jnf.main(flags(paired, "--seed", seed, "--overwrite")) for seed in ("0", "0", "1")]
+    assert out[0] == pytest.approx(out[1], rel=0, abs=0, nan_ok=True) and out[0] != out[2]
+
+
+# ---- Resume --------------------------------------------------------------------------------------
+def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
+    options = ["--shared", "contrastive", "--ckpt_minutes", "0"]
+    jnf_dir = paired / "runs/jnf/paired/0"
+    process = script(flags(paired, *options))
+    for stage in ("shared", "joint", "flow"):
+        wait_for(process, jnf_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 7,')
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = script(flags(paired, *options, "--resume"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    whole = [*flags(paired, *options), "--out_dir", str(paired / "whole")]
+    process = script(whole)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    whole_dir = paired / "whole/jnf/paired/0"
+    assert lines(jnf_dir) == lines(whole_dir)
+    models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
+              for d in (jnf_dir, whole_dir)]
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+    results = [json.loads((d / "result.json").read_text())["metrics"] for d in (jnf_dir, whole_dir)]
+    assert results[0] == results[1]
+
+
+def wait_for(process, path, text, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{text} did not come; {process.communicate()[1] if process.poll() else ''}")
+
+
+def test_sigterm_saves_and_says_how_to_continue(paired):
+    process = script(flags(paired, "--epochs_joint", "100000"))
+    wait_for(process, paired / "runs/jnf/paired/0/metrics.jsonl", '"step": 3,')
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume" in out
+    assert (paired / "runs/jnf/paired/0/checkpoint.pt").exists()
+
+
+def test_two_processes_train_as_one_at_the_same_global_batch(paired):
+    options = ["--epochs_joint", "20"]
+    single = jnf.main(flags(paired, *options))
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "jnf.py", *flags(paired, *options), "--out_dir", str(paired / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    double = json.loads((paired / "two/jnf/paired/0/result.json").read_text())["metrics"]
+    assert double["loss_joint"] == pytest.approx(single["loss_joint"], rel=0.05)
+    assert len(lines(paired / "two/jnf/paired/0")) == len(lines(paired / "runs/jnf/paired/0"))
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments, words", [
+    (["--dataset", "mnits"], "--dataset"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--batch_size", "0"], "--batch_size"), (["--batch_size", "1e9x"], "--batch_size"),
+    (["--seed", "-1"], "--seed"), (["--flow_blocks", "-1"], "--flow_blocks"),
+    (["--tau", "0"], "--tau"), (["--n_modalities", "1"], "--n_modalities"),
+    (["--z_dim", "300"], "--flow_hidden"), (["--epoch_joint", "3"], "--epoch_joint"),
+    (["--hmc_step_size", "inf"], "--hmc_step_size")])
+def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        jnf.main([*arguments, "--out_dir", str(tmp_path)])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def exit_of(arguments, monkeypatch, capsys):
+    """Exit code and the last line on stderr of a run through the command line's door."""
+    monkeypatch.setattr(sys, "argv", ["jnf.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        common.cli(jnf.main)
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error and len(error.splitlines()) == 1, error
+    return stop.value.code, error
+
+
+def test_missing_and_broken_data(paired, monkeypatch, capsys, tmp_path_factory):
+    def no_network(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    empty = tmp_path_factory.mktemp("empty")
+    code, error = exit_of(["--dataset", "mnist_svhn", "--data_dir", str(empty), "--out_dir",
+                           str(empty / "runs")], monkeypatch, capsys)
+    assert code == 1 and "synth_mnist_svhn" in error and str(empty) in error
+    file = paired / "paired_train.npz"
+    file.write_bytes(file.read_bytes()[:-50])
+    code, error = exit_of(flags(paired), monkeypatch, capsys)
+    assert code == 1 and "paired_train.npz" in error
+    np.savez(file, a=np.zeros((5, 8, 8, 2), "u1"), b=np.zeros((5, 8), "f4"))
+    code, error = exit_of(flags(paired), monkeypatch, capsys)
+    assert code == 1 and "paired_train.npz" in error
+
+
+def test_net_that_does_not_fit_the_images(paired, monkeypatch, capsys):
+    code, error = exit_of(flags(paired, "--net", "resnet"), monkeypatch, capsys)
+    assert code == 2 and "--net" in error
+
+
+def test_folders_and_checkpoints(paired, monkeypatch, capsys):
+    checkpoint = paired / "runs/jnf/paired/0/checkpoint.pt"
+    code, error = exit_of(flags(paired, "--resume"), monkeypatch, capsys)
+    assert code == 2 and "--resume" in error
+    jnf.main(flags(paired))
+    good = checkpoint.read_bytes()
+    code, error = exit_of(flags(paired), monkeypatch, capsys)       # would mix two runs
+    assert code == 2 and "--overwrite" in error
+    code, error = exit_of(flags(paired, "--resume", "--beta", "1"), monkeypatch, capsys)
+    assert code == 2 and "--beta" in error
+    other = dict(torch.load(checkpoint, weights_only=True), script="sbm_vae")
+    torch.save(other, paired / "other.pt")
+    (paired / "cut.pt").write_bytes(good[:len(good) // 2])
+    for name in ("other.pt", "cut.pt", "paired_test.npz", "nothing.pt"):
+        code, error = exit_of(flags(paired, "--eval_only", "--checkpoint", str(paired / name)),
+                              monkeypatch, capsys)
+        assert code == 2 and name in error
+    assert checkpoint.read_bytes() == good
+
+
+def test_two_runs_in_one_folder(paired, monkeypatch, capsys):
+    args = jnf.parse_args(flags(paired))
+    with common.open_run(args, jnf.__file__, []):
+        code, error = exit_of(flags(paired, "--overwrite"), monkeypatch, capsys)
+    assert code == 2 and "another process" in error
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(paired):
+    jnf.main(flags(paired, "--epochs_flow", "0"))
+    checkpoint = paired / "runs/jnf/paired/0/checkpoint.pt"
+    good = checkpoint.read_bytes()
+    code = ("import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (99999, 99999));"
+            "import common, jnf; common.cli(jnf.main)")
+    arguments = [*flags(paired, "--epochs_flow", "0", "--resume")]
+    state = torch.load(checkpoint, weights_only=True)
+    state["state"] = dict(state["state"], stage=0)                  # as if training had to go on
+    torch.save(state, checkpoint)
+    good = checkpoint.read_bytes()
+    assert len(good) > 99999
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 1 and "checkpoint.pt" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and checkpoint.read_bytes() == good
+    assert not list(checkpoint.parent.glob("*.tmp"))

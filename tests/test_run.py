@@ -1,0 +1,274 @@
+"""The folder of a run: who may use it, what is in it, exact resumes, signals, failures, ranks."""
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+
+
+@pytest.fixture
+def open_run(tmp_path):
+    """open_run(**flags) -> Run in tmp_path; closed after the test."""
+    runs = []
+
+    def make(**flags):
+        args = dict(dataset="toy", seed=0, out_dir=str(tmp_path), device="cpu", resume=False,
+                    overwrite=False, eval_only=False, checkpoint=None, ckpt_minutes=5.0)
+        runs.append(common.open_run(Namespace(**args | flags), __file__, ["--seed", "0"]))
+        return runs[-1]
+    yield make
+    for run in runs:
+        run.close()
+
+
+PROGRAM = """
+import os, signal, sys, time
+from argparse import Namespace
+import torch, common
+args = Namespace(dataset="toy", seed=0, out_dir=sys.argv[1], device="cpu", resume=False, overwrite=False,
+                 eval_only=False, checkpoint=None, ckpt_minutes=5.0)
+def main():
+    with common.open_run(args, "test_run.py", []) as run:
+        {body}
+common.cli(main)
+"""
+
+
+def start(body, folder, **env):
+    """A python process that has a run open, and does `body` with it."""
+    (folder / "test_run.py").write_text("")
+    program = PROGRAM.replace("{body}", textwrap.indent(textwrap.dedent(body), " " * 8).strip())
+    return subprocess.Popen([sys.executable, "-c", program, str(folder)], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | env)
+
+
+# ---- Command line -------------------------------------------------------------------------------
+@pytest.mark.parametrize("flag, text", [("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "2"),
+                                        ("--n", "-1"), ("--n", "1.5"), ("--n", "x")])
+def test_number_refuses_what_is_out_of_range(flag, text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=common.number(float, 0, 1, open_low=True))
+    parser.add_argument("--n", type=common.number(int, 0))
+    assert parser.parse_args(["--lr", "1", "--n", "0"]) == Namespace(lr=1.0, n=0)
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag, text])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert flag in said and text in said
+    assert "(0, 1]" in said if flag == "--lr" else "int" in said or "[0, inf]" in said
+
+
+@pytest.mark.parametrize("error, code", [
+    (common.RunError("bad flag"), 2), (FileNotFoundError("gone"), 1), (FloatingPointError("nan"), 1),
+    (KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_cli_turns_known_errors_into_a_line_and_a_code(error, code, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        common.cli(main)
+    assert stop.value.code == code and capsys.readouterr().err.count("\n") == (code != 143)
+    with pytest.raises(ZeroDivisionError):                     # a bug keeps its traceback
+        common.cli(lambda: 1 / 0)
+
+
+# ---- The folder ---------------------------------------------------------------------------------
+def test_a_folder_is_claimed_by_one_run_and_not_overwritten(open_run, tmp_path):
+    run = open_run()
+    folder = tmp_path / "test_run" / "toy" / "0"
+    assert run.dir == folder and (folder / "source.py").read_text() == open(__file__).read()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["ckpt_minutes"] == 5 and config["argv"] == ["--seed", "0"]
+    with pytest.raises(common.RunError, match="in use"):
+        open_run()
+    run.close()
+    run = open_run()                                           # nothing was logged: free to reuse
+    run.log(step=1, loss=1.0)
+    run.close()
+    with pytest.raises(common.RunError, match="--overwrite"):
+        open_run()
+    with pytest.raises(common.RunError, match="no checkpoint.pt in .*toy"):
+        open_run(resume=True)
+    open_run(eval_only=True).close()
+    (folder / "notes.txt").write_text("mine")
+    open_run(overwrite=True).close()
+    assert not (folder / "metrics.jsonl").exists() and (folder / "notes.txt").exists()
+    with pytest.raises(common.RunError, match="--device quantum"):
+        open_run(device="quantum", out_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_killed_run_frees_its_folder(open_run, tmp_path):
+    other = start("print('ready', flush=True); time.sleep(60)", tmp_path)
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(common.RunError, match="in use"):
+        open_run()
+    other.kill()                                               # kill -9
+    other.communicate()
+    open_run()
+
+
+# ---- Log, checkpoint, resume --------------------------------------------------------------------
+def train(run, n_steps, stop_after=None):
+    """A loop that uses every random state; saves every second step."""
+    net = nn.Linear(2, 1)
+    opt, first = torch.optim.Adam(net.parameters()), 0
+    if run.args.resume:
+        state = run.load()
+        net.load_state_dict(state["net"])
+        opt.load_state_dict(state["opt"])
+        first = state["step"]
+    for step in range(first + 1, n_steps + 1):
+        loss = (net(torch.randn(4, 2)) - random.random() - np.random.rand()).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        run.log(step=step, loss=loss.detach(), lr=np.float32(0.5), split="train")
+        if step % 2 == 0:
+            run.save({"net": net.state_dict(), "opt": opt.state_dict(), "step": step, "name": "x"})
+        if step == stop_after:
+            return
+    run.finish({"loss": loss.detach(), "r_hat": float("nan")}, "note", n=4, epochs=1)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(open_run, tmp_path, capsys):
+    logs = []
+    for out_dir, stop_after in ((tmp_path / "a", None), (tmp_path / "b", 5)):
+        common.seed_everything(7)
+        with open_run(out_dir=out_dir) as run:
+            train(run, 8, stop_after)
+        if stop_after:                                         # step 5 came after the checkpoint
+            common.seed_everything(99)
+            with open_run(out_dir=out_dir, resume=True) as run:
+                train(run, 8)
+        rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").open()]
+        assert [row.pop("wall_s") for row in rows] == sorted(row["wall_s"] for row in map(
+            json.loads, (run.dir / "metrics.jsonl").open()))
+        logs.append(rows)
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, 9))
+    result = json.loads((run.dir / "result.json").read_text())
+    assert result["metrics"]["loss"] == logs[0][-1]["loss"] and result["metrics"]["r_hat"] is None
+    assert {"note", "n", "seed", "epochs", "minutes", "device", "torch", "command", "commit"} <= result.keys()
+    assert result["command"] == "python test_run.py --seed 0"
+    assert "loss" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_log_refuses_what_is_not_finite(open_run):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
+        open_run().log(step=3, loss=torch.tensor(float("nan")))
+
+
+def test_a_file_that_is_no_checkpoint_is_named(open_run, tmp_path):
+    run = open_run()
+    with pytest.raises(common.RunError, match="checkpoint.pt"):
+        run.load()
+    run.save({"w": torch.ones(100)})
+    whole = (run.dir / "checkpoint.pt").read_bytes()
+    bad = tmp_path / "bad.pt"
+    for content in (b"", b"hello", whole[:50], whole[:len(whole) // 2], whole[:-1], whole[100:]):
+        bad.write_bytes(content)
+        with pytest.raises(common.RunError, match="bad.pt"):
+            run.load(bad)
+    torch.save({"script": "other", "format": 1}, bad)
+    with pytest.raises(common.RunError, match="not a checkpoint of this"):
+        run.load(bad)
+    state, before = run.load(restore_rng=False), torch.get_rng_state()
+    assert torch.equal(state["w"], torch.ones(100))
+    run.load(restore_rng=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   RuntimeError("[enforce fail] write failed\nC++ trace")])
+def test_a_failed_save_keeps_the_earlier_checkpoint(open_run, monkeypatch, error):
+    run = open_run()
+    run.save({"step": 1})
+
+    def fail(payload, file):
+        file.write(b"half")
+        raise error
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="checkpoint.pt") as caught:
+        patch.setattr(torch, "save", fail)
+        run.save({"step": 2})
+    assert "\n" not in str(caught.value) and run.load()["step"] == 1
+    assert not list(run.dir.glob("*.tmp")) and not list(run.dir.glob(".*.tmp"))
+
+
+def test_a_full_disk_ends_the_run_with_one_line(open_run, tmp_path):
+    process = start("""
+        import resource
+        run.save({"step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        run.save({"step": 2, "big": torch.zeros(10**6)})""", tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 1 and err.count("\n") == 1 and "checkpoint.pt" in err, err
+    run = open_run(resume=True)
+    assert run.load()["step"] == 1 and not list(run.dir.glob(".*.tmp"))
+
+
+# ---- Signals, progress, ranks -------------------------------------------------------------------
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_asks_for_a_checkpoint_and_an_end(open_run, number, code, capsys):
+    before = signal.getsignal(number)
+    run = open_run()
+    assert not run.checkpoint_due() and not run.stop_requested
+    os.kill(os.getpid(), number)
+    assert run.stop_requested == number and run.checkpoint_due()
+    assert signal.getsignal(number) == before                  # a second one aborts
+    with pytest.raises(SystemExit) as stop:
+        run.stop()
+    assert stop.value.code == code and "--resume" in capsys.readouterr().out
+    run.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypatch):
+    run, now = open_run(ckpt_minutes=1.0), time.monotonic()
+    for seconds in range(0, 61, 5):
+        monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+        run.progress("joint", 1, 2, seconds, 120, samples_per_s=12.3, loss=torch.tensor(0.5))
+    assert run.checkpoint_due()
+    run.save({})
+    assert not run.checkpoint_due()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5                                     # at 0, 15, 30, 45, 60 s
+    assert lines[2] == "joint  epoch 1/2  step 30/120  loss 0.5  12/s  ETA 1.5 min"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run.progress("flow", 1, 2, 1, 9)
+    run.say("done")
+    assert capsys.readouterr().out == "\r\x1b[Kflow  epoch 1/2  step 1/9\r\x1b[Kdone\n"
+
+
+def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
+    body = """
+        p = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+        sum((run.rank + 1.0) * (i + 1) * q.sum() for i, q in enumerate(p)).backward()
+        common.average_gradients(p, run.world)
+        assert [q.grad.tolist() for q in p] == [[1.5] * 2, [3.0] * 3]
+        if run.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert run.checkpoint_due() and run.stop_requested == signal.SIGTERM
+        run.log(step=1, rank=run.rank)
+        run.save({"rank": run.rank})
+        assert run.load()["rank"] == 0
+        dist = torch.distributed
+        noise = [torch.zeros(1), torch.zeros(1)]
+        dist.all_gather(noise, torch.randn(1))
+        assert noise[0] != noise[1]
+        run.stop()"""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 50000))}
+    ranks = [start(body, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+    said = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [143, 143], said
+    log = (tmp_path / "test_run" / "toy" / "0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rank"] for line in log] == [0] and said[1][0] == ""
