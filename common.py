@@ -1,12 +1,11 @@
-"""What no paper disagrees about: metrics and their judges, chain diagnostics, a Gaussian mixture, pictures, and the run folder.
+"""What no paper disagrees about: metrics, chain diagnostics, pictures, and the folder of a run.
 
-Shapes: `b` batch, `c h w` image, `f` features, `y` classes, `d` latent, `n` steps or samples; in chain diagnostics `c` is chains.
-Images are float in [0, 1] unless stated. Nothing here trains a model of a paper: the only nets are the judges that measure.
+Shapes: b batch, c h w image in [0, 1], f features, d latent; chains are [n steps, c chains, d].
+No paper's net, loss, sampler or training loop is here; the judges below only measure.
 """
 import argparse
 import fcntl
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -18,552 +17,472 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")    # ends in its sha256's first digits
+RUN_FILES = ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "result.json",
+             "samples.png", "cross.png", "curves.png", "diagnostics.png", "posteriors.png")
+RUN_FLAGS = ("data_dir", "out_dir", "device", "resume", "overwrite", "eval_only", "checkpoint",
+             "ckpt_minutes", "log_every", "amp", "compile", "n_test", "n_eval", "eval_batch")
 
 
 class RunError(ValueError):
-    """A mistake of the user that no traceback explains better than one line; `cli` exits with 2."""
+    """A mistake of the user, in one line: `cli` prints it and exits with 2."""
 
 
 # ---- Fréchet distance ---------------------------------------------------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), the squared 2-Wasserstein distance of two Gaussians.
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), between two Gaussians.
 
-    mu [f], cov [f f], tensors or arrays. Symmetric eigenvalue form in float64: real for rank-deficient covariances too.
+    mu [f], cov [f f], tensors or arrays. By eigenvalues in float64: real for any covariance.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
-    scale, basis = torch.linalg.eigh(cov1)
-    root = basis * scale.clamp_min(0).sqrt()                   # root @ root.T = C1
+    values, basis = torch.linalg.eigh(cov1)
+    root = basis * values.clamp_min(0).sqrt()                               # root @ root.T = C1
     cross = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp_min(0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return distance.clamp_min(0).item()                        # a set with itself: -1e-12 by rounding
+    return max(distance.item(), 0.0)                                        # rounding: -1e-12
 
 
 class FeatureStats:
-    """Mean and unbiased covariance of features [b f] that arrive in batches, in float64 (Chan et al. 1979)."""
+    """Mean and covariance of features that come in batches: float64 sums about the first mean."""
 
     def __init__(self, dim: int):
-        self.n, self.mean, self.scatter = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+        self.n, self.sum, self.outer = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
 
     def update(self, features: Tensor) -> None:
+        """Add a batch [b f]."""
         features = features.detach().double()
-        self.mean, self.scatter = self.mean.to(features.device), self.scatter.to(features.device)
-        mean = features.mean(0)
-        centred, delta = features - mean, mean - self.mean
-        total = self.n + len(features)
-        self.scatter = self.scatter + centred.T @ centred \
-            + torch.outer(delta, delta) * (self.n * len(features) / total)
-        self.mean = self.mean + delta * (len(features) / total)
-        self.n = total
+        self.origin = self.origin if self.n else features.mean(0)
+        centred = features - self.origin
+        self.n += len(features)
+        self.sum = self.sum.to(centred) + centred.sum(0)
+        self.outer = self.outer.to(centred) + centred.T @ centred
 
     def mean_cov(self) -> tuple[Tensor, Tensor]:
-        """([f], [f f]) in float64; at least two rows must have been seen."""
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 rows, got {self.n}")
-        return self.mean, self.scatter / (self.n - 1)
+        """([f], [f f]) in float64; the covariance is unbiased, as numpy.cov."""
+        mean = self.sum / self.n
+        return self.origin + mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
 
 
-# ---- Judges: one small classifier per modality --------------------------------------------------
-JUDGE_VERSION = 1       # part of the cache key: raise it whenever Judge or train_judge changes
-
-
+# ---- Judges: a small classifier per modality -----------------------------------------------------
 class Judge(nn.Module):
-    """Classifier of one modality: x [b c h w] in [0, 1] -> (logits [b y], features [b f])."""
+    """x [b c h w] in [0, 1] -> (logits [b y], features [b f]); `accuracy` is on the test split."""
+    VERSION = 1                             # part of the cache's key: raise it when judges change
 
-    def __init__(self, in_shape: tuple[int, int, int], n_classes: int, width: int = 32):
+    def __init__(self, in_shape: tuple[int, int, int], n_classes: int):
         super().__init__()
-        def conv(n_in, n_out, stride=1):
-            return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
-        self.body = nn.Sequential(
-            nn.BatchNorm2d(in_shape[0]), conv(in_shape[0], width, 2), conv(width, 2 * width), nn.MaxPool2d(2),
-            conv(2 * width, 4 * width), nn.MaxPool2d(2), conv(4 * width, 4 * width), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(16 * width, 128), nn.ReLU())
-        self.head = nn.Linear(128, n_classes)
-        self.accuracy = float("nan")                            # on the test split, set by load_judges
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.body(x.contiguous(memory_format=torch.channels_last))
+        layers = [nn.BatchNorm2d(in_shape[0])]
+        for n_in, n_out, stride in ((in_shape[0], 32, 2), (32, 48, 1), (48, 96, 2), (96, 96, 1)):
+            layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(4), nn.Flatten(), nn.Dropout(0.2),
+                                  nn.Linear(96 * 16, 128), nn.ReLU())
+        self.head, self.accuracy = nn.Linear(128, n_classes), math.nan
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features(x)
+        features = self.body(x)
         return self.head(features), features
 
 
-def _shift(x: Tensor, reach: int) -> Tensor:
-    """Each image of x [b c h w] moved by up to `reach` pixels either way, its border repeated."""
-    b, _, h, w = x.shape
-    dy, dx = torch.randint(-reach, reach + 1, (2, b, 1), device=x.device)
-    rows = (torch.arange(h, device=x.device) + dy).clamp(0, h - 1)          # [b h]
-    cols = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)          # [b w]
-    item = torch.arange(b, device=x.device)[:, None, None]
-    return x[item, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def train_judge(x: Tensor, y: Tensor, device, batch_size: int = 256) -> Judge:
-    """A judge trained on x uint8 [n c h w], y [n] with a fixed seed; the caller's random state is left as it was."""
-    device = torch.device(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        judge = Judge(tuple(x.shape[1:]), int(y.max()) + 1).to(device, memory_format=torch.channels_last)
-        x, y = x.to(device), y.to(device)
-        n_steps = max(4 * len(x), 100_000) // batch_size        # a small set is seen more often
-        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=n_steps)
-        for _ in range(n_steps):
-            index = torch.randint(len(x), (batch_size,), device=device)
-            logits, _ = judge(_shift(x[index], 2).float() / 255)
-            loss = F.cross_entropy(logits, y[index], label_smoothing=0.1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return judge.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _accuracy(judge: Judge, x: Tensor, y: Tensor, device) -> float:
-    hits = [judge(a.to(device).float() / 255)[0].argmax(1).cpu() == b.cpu() for a, b in zip(x.split(500), y.split(500))]
-    return torch.cat(hits).float().mean().item()
-
-
-def _digest(*tensors: Tensor) -> str:
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(repr(tuple(tensor.shape)).encode())
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()[:16]
+def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> None:
+    """x uint8 [n c h w], y [n]: until 99 % of recent images were right, at most 20 epochs."""
+    n_steps, (h, w) = min(20 * len(x), 400_000) // batch_size + 1, x.shape[2:]
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=n_steps)
+    right = 0.0
+    for _ in range(n_steps):
+        index = torch.randint(len(x), (batch_size,), device=x.device)
+        top, left = torch.randint(5, (2,)).tolist()                         # moves up to 2 pixels
+        image = F.pad(x[index].float() / 255, (2, 2, 2, 2), mode="replicate")
+        logits, _ = judge(image[:, :, top:top + h, left:left + w])
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits, y[index], label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+        right += 0.05 * ((logits.argmax(1) == y[index]).float().mean().item() - right)
+        if right > 0.99:
+            break
 
 
 def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
-    """{m: frozen Judge} for the image modalities of a labelled data set ({} without labels), with test accuracy.
+    """{m: frozen judge} for the image modalities of a labelled data set, {} for an unlabelled one.
 
-    Trained once on the train split, then kept in cache_dir under a digest of the data; a corrupt file is trained anew.
+    Trained once, with a seed of its own and the caller's random state left alone; kept in cache_dir
+    under a digest of the data. A broken file there is replaced.
     """
     judges = {}
     for m in [m for m in train.modalities if train.kinds[m] == "image" and train.y is not None]:
         (x, y), (x_test, y_test) = train.modality(m), test.modality(m)
-        path = Path(cache_dir) / f"judge_{train.name}_{m}_v{JUDGE_VERSION}_{_digest(x, y, x_test, y_test)}.pt"
-        try:
-            kept = _read(path)
-            judge = Judge(tuple(x.shape[1:]), int(y.max()) + 1).to(device)
-            judge.load_state_dict(kept["judge"])
-            judge.eval().requires_grad_(False).accuracy = kept["accuracy"]
-        except (OSError, RunError, KeyError, RuntimeError):
-            start = time.perf_counter()
-            judge = train_judge(x, y, device)
-            judge.accuracy = _accuracy(judge, x_test, y_test, device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                torch.save({"judge": judge.state_dict(), "accuracy": judge.accuracy}, file)
-            say(f"judge of {m}: test accuracy {judge.accuracy:.4f}, trained in {time.perf_counter() - start:.0f} s")
-        bar = 0.90 if "svhn" in m else 0.95
-        if judge.accuracy < bar:
-            say(f"WARNING: the judge of {m} has a test accuracy of only {judge.accuracy:.3f} (< {bar}): "
-                f"every coherence that involves {m} is measured with a weak judge")
-        judges[m] = judge
+        data = b"".join(hashlib.sha256(t.cpu().contiguous().numpy()).digest()
+                        for t in (x, y, x_test, y_test))
+        key = f"{train.name}_{m}_{Judge.VERSION}_{hashlib.sha256(data).hexdigest()[:16]}"
+        path = Path(cache_dir) / f"{key}.pt"
+        with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+            torch.manual_seed(0)
+            judges[m] = judge = Judge(x.shape[1:], int(y.max()) + 1)
+            judge.to(device, memory_format=torch.channels_last)
+            try:
+                kept = _read(path)
+                judge.accuracy = kept.pop("accuracy")
+                judge.load_state_dict(kept)
+            except (RunError, KeyError, RuntimeError):                      # not there, or broken
+                _train_judge(judge, x.to(device), y.to(device))
+                images = ({m: i.to(device).float() / 255} for i in x_test.split(500))
+                seen = _measure(images, {m: judge.eval()}, {})[0][m]
+                judge.accuracy = (seen == y_test.cpu()).float().mean().item()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as file:
+                    torch.save(dict(judge.state_dict(), accuracy=judge.accuracy), file)
+        judge.eval().requires_grad_(False)
+        weak = judge.accuracy < (0.90 if "svhn" in m else 0.95)
+        say(f"judge of {m}: test accuracy {judge.accuracy:.4f}"
+            + weak * f"\nWARNING: that is weak; so is every coherence measured with {m}")
     return judges
 
 
-# ---- Inception: the net behind fid_* ------------------------------------------------------------
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")     # the name ends in the first digits of its sha256
-
-
+# ---- Inception: the net behind fid_* -------------------------------------------------------------
 def _inception() -> nn.Module:
-    """Inception v3 with the pooling of the 2015 TensorFlow graph, random weights; x [b 1|3 h w] -> pool3 [b 2048]."""
-    from torchvision.models import inception
+    """x [b 1|3 h w] in [0, 1] -> pool3 [b 2048] as TensorFlow's graph of 2015; random weights.
 
-    def branch_pool(block, pool):
-        """The block with its own pooling in front of branch_pool; the last branch of `_forward` is overridden."""
-        forward = block._forward
-        block._forward = lambda x: [*forward(x)[:-1], block.branch_pool(pool(x))]
-
-    net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    mean_pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        branch_pool(getattr(net, f"Mixed_{name}"), mean_pool)
-    branch_pool(net.Mixed_7c, nn.MaxPool2d(3, 1, 1))
-    net.transform_input = False
+    torchvision's net, but for the pooling in nine blocks: means leave out the padding, and the last
+    block takes the maximum.
+    """
+    from torchvision.models.inception import Inception3
+    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    net.fc = nn.Identity()
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
+        block = getattr(net, f"Mixed_{name}")
+        mean = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        pool = nn.MaxPool2d(3, 1, 1) if name == "7c" else mean
+        block._forward = lambda x, block=block, branches=block._forward, pool=pool: [
+            *branches(x)[:-1], block.branch_pool(pool(x))]
 
     def forward(x: Tensor) -> Tensor:
-        x = x.float().mul(255).round().clamp(0, 255) / 255     # what an 8-bit picture file would hold
-        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear", align_corners=False)
-        return type(net).forward(net, 2 * x - 1)
-    net.fc = nn.Identity()
+        x = x.float().mul(255).round().clamp(0, 255) / 255                  # as in an 8-bit file
+        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear")
+        return Inception3.forward(net, 2 * x - 1)
     net.forward = forward
     return net.eval().requires_grad_(False)
 
 
 def load_inception(data_dir, device) -> nn.Module | None:
-    """The FID net from data_dir, else downloaded there; without a network None, with a line saying why. Never untrained."""
+    """The FID net, with weights from data_dir, else downloaded there; else None, and a line why."""
     path = Path(data_dir) / INCEPTION_URL.rsplit("/")[-1]
-    if not path.exists():
-        try:
+    sha = path.stem.rsplit("-")[-1]
+    try:
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(INCEPTION_URL, timeout=30) as response, atomic_write(path) as file:
-                shutil.copyfileobj(response, file)
-        except OSError as error:
-            print(f"no fid_*: {path} is missing and its download failed ({error})")
-            return None
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not sha.startswith(path.stem.rsplit("-")[-1]):
-        raise RunError(f"{path} is not the file its name promises (sha256 {sha[:8]}...); delete it to download it again")
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=sha)
+    except (OSError, RuntimeError) as error:
+        return print(f"no fid_*: {path} is missing, its download failed ({error})")
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha):
+        raise RunError(f"{path} is damaged: its sha256 is not {sha}...; delete it")
     net = _inception()
     net.load_state_dict({k: v for k, v in _read(path).items() if not k.startswith("fc.")})
     return net.to(device)
 
 
-# ---- Coherence and distances of a model ---------------------------------------------------------
-@dataclass(frozen=True)
-class Reference:
-    """Real test images: `extract[kind, m]` maps x [b c h w] to features [b f], `stats[kind, m]` are their (mu, cov) on
-    the test split, for kind "frechet_clf" (a judge's features) and "fid" (Inception); `metrics` are the real data's own."""
-    extract: dict
-    stats: dict
-    metrics: dict[str, float]
+# ---- Coherence, and distances to real test images ------------------------------------------------
+def _device(judges: dict) -> torch.device | None:
+    """Where the judges are; None, for a data set's own device, without judges."""
+    return next((p.device for judge in judges.values() for p in judge.parameters()), None)
 
-    @torch.no_grad()
-    def update(self, stats: dict, x: dict[str, Tensor]) -> None:
-        """Add a batch of images to the statistics that `distances` compares; `stats` is changed, {} at the start."""
-        for key, extract in self.extract.items():
-            if key[1] in x:
-                features = extract(x[key[1]])
-                if key not in stats:
-                    stats[key] = FeatureStats(features.shape[1])
+
+def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
+    """Classes {m: [n]} that judges see in batches {m: images}; {key: (mu, cov)} of the features."""
+    classes, stats = {}, {}
+    for x in batches:
+        with torch.no_grad():
+            for m in [m for m in judges if m in x]:
+                classes.setdefault(m, []).append(judges[m](x[m])[0].argmax(1).cpu())
+            for key in [key for key in extract if key[1] in x]:
+                features = extract[key](x[key[1]])
+                stats[key] = stats.get(key) or FeatureStats(features.shape[1])
                 stats[key].update(features)
-
-    def distances(self, stats: dict, prefix: str = "") -> dict[str, float]:
-        """{"<kind>_<prefix><m>": Fréchet distance of the gathered statistics to the real test images'}."""
-        return {f"{kind}_{prefix}{m}": frechet_distance(*s.mean_cov(), *self.stats[kind, m]) for (kind, m), s in stats.items()}
+    return ({m: torch.cat(c) for m, c in classes.items()},
+            {key: s.mean_cov() for key, s in stats.items()})
 
 
-def reference(test, train, judges, inception, n: int = 10_000, batch_size: int = 500) -> Reference:
-    """What n real test tuples score, and how far n real train images are from them: the floor of every distance.
+def _agreement(classes: dict[str, Tensor]) -> float:
+    """Share of tuples in which every judge sees the same class."""
+    classes = torch.stack(list(classes.values()))
+    return (classes == classes[0]).all(0).float().mean().item()
 
-    Tuples are taken evenly over each split, which may be sorted by class. metrics: judge_accuracy_<m>, coherence_ceiling
-    (all judges agree on a real tuple), frechet_clf_floor_<m> and frechet_clf_floor, their mean; fid_floor_<m> likewise.
+
+def _distances(stats: dict, real, prefix: str = "") -> dict[str, float]:
+    """{<kind>_<prefix><m>: Fréchet distance of the features to real test images'}."""
+    return {f"{kind}_{prefix}{m}": frechet_distance(*gaussian, *real.stats[kind, m])
+            for (kind, m), gaussian in stats.items()}
+
+
+def reference(test, train, judges, inception, n: int = 10_000, batch_size: int = 500):
+    """What `coherence_*` compare with: n real test tuples, and n of train as the distances' floor.
+
+    Has .metrics: judge_accuracy_<m>, coherence_ceiling (judges agree on a real tuple),
+    frechet_clf_floor_<m>, frechet_clf_floor (mean), fid_floor_<m>; and .extract and .stats, the
+    features and their (mu, cov) by (kind, m), kind "frechet_clf" (of a judge) or "fid".
     """
     images = [m for m in test.modalities if test.kinds[m] == "image"]
-    extract = {("frechet_clf", m): judge.features for m, judge in judges.items()}
+    extract = {("frechet_clf", m): lambda x, j=judge: j(x)[1] for m, judge in judges.items()}
     extract |= {("fid", m): inception for m in images if inception is not None}
-    real = Reference(extract, {}, {f"judge_accuracy_{m}": judge.accuracy for m, judge in judges.items()})
 
-    def statistics(split):
-        stats, agree = {}, []
-        for index in torch.linspace(0, len(split) - 1, min(n, len(split))).long().split(batch_size):
-            x = split.take(index, _device(judges, inception), images)
-            real.update(stats, x)
-            agree += [_agreement(judges, x)]
-        return stats, torch.cat(agree).float().mean().item()
+    def measure(dataset):                              # evenly spread: a set may be sorted by class
+        index = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
+        take = (dataset.take(i, _device(judges), images) for i in index.split(batch_size))
+        return _measure(take, judges, extract)
 
-    stats, agree = statistics(test)
-    real.stats.update({key: s.mean_cov() for key, s in stats.items()})
-    floor = real.distances(statistics(train)[0], "floor_")
-    real.metrics.update(floor)
+    classes, stats = measure(test)
+    accuracy = {f"judge_accuracy_{m}": judge.accuracy for m, judge in judges.items()}
+    real = SimpleNamespace(extract=extract, stats=stats, metrics=accuracy)
     if judges:
-        real.metrics["coherence_ceiling"] = agree
-        real.metrics["frechet_clf_floor"] = float(np.mean([d for key, d in floor.items() if key.startswith("frechet")]))
+        real.metrics["coherence_ceiling"] = _agreement(classes)
+    floor = _distances(measure(train)[1], real, "floor_")
+    mean = [d for key, d in floor.items() if key.startswith("frechet_clf")]
+    real.metrics |= floor | ({"frechet_clf_floor": sum(mean) / len(mean)} if mean else {})
     return real
 
 
-def _device(*nets):
-    """Where the first parameter found among modules and dicts of modules lives."""
-    modules = [m for net in nets if net is not None for m in (net.values() if isinstance(net, dict) else [net])]
-    return next((p.device for m in modules for p in m.parameters()), None)
+def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, reference=None) -> dict:
+    """Share of n joint samples in which the judges of all modalities see the same class.
 
-
-@torch.no_grad()
-def _agreement(judges: dict[str, Judge], x: dict[str, Tensor]) -> Tensor:
-    """[b] bool: do the judges of all modalities see the same class?"""
-    classes = torch.stack([judge(x[m])[0].argmax(1) for m, judge in judges.items()]) if judges \
-        else torch.zeros(1, len(next(iter(x.values()))))
-    return (classes == classes[0]).all(0)
-
-
-def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, reference: Reference | None = None) -> dict:
-    """Share of n joint samples on which the judges of all modalities agree; with a reference the distances as well.
-
-    sample(b) -> {m: [b c h w] in [0, 1]}. Keys: coherence_joint (two judges or more), frechet_clf_<m>, fid_<m>.
+    sample(b) -> {m: [b c h w] in [0, 1]}. Keys: coherence_joint if there are two judges or more;
+    with a reference also frechet_clf_<m> and fid_<m>.
     """
-    agree, stats = [], {}
-    for start in range(0, n, batch_size):
-        x = sample(min(batch_size, n - start))
-        agree.append(_agreement(judges, x))
-        if reference is not None:
-            reference.update(stats, x)
-    metrics = {"coherence_joint": torch.cat(agree).float().mean().item()} if len(judges) > 1 else {}
-    return metrics | (reference.distances(stats) if reference is not None else {})
+    batches = (sample(min(batch_size, n - i)) for i in range(0, n, batch_size))
+    classes, stats = _measure(batches, judges, reference.extract if reference else {})
+    joint = {"coherence_joint": _agreement(classes)} if len(judges) > 1 else {}
+    return joint | _distances(stats, reference)
 
 
-def choose_subsets(modalities: list[str], max_subsets: int = 31, seed: int = 0) -> list[tuple[str, ...]]:
-    """The non-empty proper subsets of the modalities if at most max_subsets, else a fixed random choice, equal per size."""
-    sizes = [list(itertools.combinations(modalities, k)) for k in range(1, len(modalities))]
-    if sum(map(len, sizes)) > max_subsets:
-        rng, share = random.Random(seed), max(1, max_subsets // len(sizes))
-        sizes = [sorted(rng.sample(subsets, min(share, len(subsets))), key=subsets.index) for subsets in sizes]
-    return [subset for subsets in sizes for subset in subsets]
-
-
-def coherence_cross(generate, test, judges, batch_size: int = 500, reference: Reference | None = None, subsets=None,
+def coherence_cross(generate, test, judges, batch_size: int = 500, reference=None, subsets=None,
                     max_subsets: int = 31, seed: int = 0) -> dict[str, float]:
-    """Share of test items whose generated modality is judged to be of the item's class, over observed subsets.
+    """Share of test items of which a generated modality is judged to have the item's label.
 
-    generate(x_observed {m: [b c h w]}, targets [names]) -> {target: [b c h w] in [0, 1]}, one sample an item.
-    Keys: coherence_<a+b>_to_<target>; coherence_cross_<k>, the mean over subsets of size k and their targets;
-    coherence_subsets, their number; with a reference frechet_clf_<a>_to_<target> and fid_... for single sources.
+    generate(x_observed {m: images}, targets [names]) -> {target: images}, one sample an item.
+    Observed: `subsets`, else all non-empty proper ones, or of more than max_subsets a fixed random
+    choice, as many of each size. Keys: coherence_<a+b>_to_<target>, coherence_cross_<k> (mean over
+    subsets of size k and targets), coherence_subsets; of a reference, frechet_clf_<a>_to_<target>.
     """
-    images = [m for m in test.modalities if test.kinds[m] == "image"]
-    subsets = choose_subsets(test.modalities, max_subsets, seed) if subsets is None else subsets
+    if subsets is None:
+        sizes = [list(combinations(test.modalities, k)) for k in range(1, len(test.modalities))]
+        if sum(map(len, sizes)) > max_subsets:
+            draw, share = random.Random(seed).sample, max(1, max_subsets // len(sizes))
+            sizes = [draw(size, min(share, len(size))) for size in sizes]
+        subsets = [subset for size in sizes for subset in size]
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
     for subset in subsets:
-        targets, hits, stats = [m for m in images if m not in subset], {}, {}
-        for start in range(0, len(test), batch_size):
-            rows = slice(start, start + batch_size)
-            x = generate(test.take(rows, _device(judges), list(subset)), targets)
-            for m in [m for m in targets if m in judges]:
-                with torch.no_grad():
-                    hits.setdefault(m, []).append(judges[m](x[m])[0].argmax(1).cpu() == test.y[rows].cpu())
-            if reference is not None and len(subset) == 1:
-                reference.update(stats, {m: x[m] for m in targets})
-        for m in hits:
-            share = torch.cat(hits[m]).float().mean().item()
+        targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]
+        observed = (test.take(slice(i, i + batch_size), _device(judges), list(subset))
+                    for i in range(0, len(test), batch_size))
+        batches = (generate(x, targets) for x in observed)
+        single = reference is not None and len(subset) == 1
+        classes, stats = _measure(batches, judges, reference.extract if single else {})
+        for m in [m for m in targets if m in classes]:
+            share = (classes[m] == test.y.cpu()).float().mean().item()
             metrics[f"coherence_{'+'.join(subset)}_to_{m}"] = share
             by_size.setdefault(len(subset), []).append(share)
-        if stats:
-            metrics |= reference.distances(stats, f"{subset[0]}_to_")
-    return metrics | {f"coherence_cross_{k}": float(np.mean(shares)) for k, shares in sorted(by_size.items())}
+        metrics |= _distances(stats, reference, f"{subset[0]}_to_")
+    return metrics | {f"coherence_cross_{k}": sum(s) / len(s) for k, s in by_size.items()}
 
 
-# ---- Ranking ------------------------------------------------------------------------------------
+# ---- Ranking -------------------------------------------------------------------------------------
 def _tallies(scores, labels) -> tuple[Tensor, Tensor]:
-    """Positives and negatives at each distinct score, ascending: ties share one entry."""
-    scores, labels = torch.as_tensor(scores).double().cpu(), torch.as_tensor(labels).cpu().double()
-    if scores.isnan().any() or not 0 < labels.sum() < len(labels):
-        raise ValueError("ranking needs scores that are numbers, and both classes among the labels")
-    values, inverse = scores.unique(return_inverse=True)
-    positives = torch.bincount(inverse, weights=labels, minlength=len(values))
-    return positives, torch.bincount(inverse, minlength=len(values)) - positives
+    """Positives and negatives at each distinct score, in ascending order: ties share an entry."""
+    labels = torch.as_tensor(labels).double().cpu()
+    values, place, count = torch.as_tensor(scores).double().cpu().unique(
+        return_inverse=True, return_counts=True)
+    if values.isnan().any() or labels.unique().tolist() != [0, 1]:
+        raise ValueError("ranking needs scores without nan, and labels 0 and 1, both present")
+    positives = torch.bincount(place, weights=labels)
+    return positives, count - positives
 
 
 def average_precision(scores, labels) -> float:
-    """sum_k (R_k - R_k-1) P_k over the distinct thresholds, highest first. scores [n]; labels [n], 1 = positive."""
+    """sum_k (recall_k - recall_k-1) precision_k over the distinct scores [n]; labels [n] 0 or 1."""
     positives, negatives = (t.flip(0) for t in _tallies(scores, labels))
     precision = positives.cumsum(0) / (positives + negatives).cumsum(0)
     return ((positives * precision).sum() / positives.sum()).item()
 
 
 def auroc(scores, labels) -> float:
-    """P(score of a positive > score of a negative) + P(tie) / 2. scores [n]; labels [n], 1 = positive."""
+    """P(a positive scores above a negative) + P(they tie) / 2; scores [n], labels [n] 0 or 1."""
     positives, negatives = _tallies(scores, labels)
     below = negatives.cumsum(0) - negatives / 2
     return ((positives * below).sum() / (positives.sum() * negatives.sum())).item()
 
 
-# ---- Chain diagnostics --------------------------------------------------------------------------
+# ---- Chain diagnostics ---------------------------------------------------------------------------
 def _autocovariance(x: Tensor) -> Tensor:
-    """sum_t (x_t - mean)(x_t+k - mean) / n along dim 0, for every lag k, by FFT in float64."""
+    """Chains [n c d] -> sum_t (x_t - mean)(x_t+k - mean) / n, meaned over chains: [n lags, d]."""
     n = len(x)
-    spectrum = torch.fft.rfft(x - x.mean(0), n=2 * n, dim=0)
-    return torch.fft.irfft(spectrum.abs() ** 2, n=2 * n, dim=0)[:n] / n
+    spectrum = torch.fft.rfft(x - x.mean(0), n=2 * n, dim=0)                # padded: no wrapping
+    return torch.fft.irfft(spectrum.abs() ** 2, n=2 * n, dim=0)[:n].mean(1) / n
 
 
 def autocorrelation(x) -> Tensor:
-    """Autocorrelation at lags 0 .. n-1 of chains x [n c] (or [n c d]), pooled over the chains: [n] (or [n d])."""
-    covariance = _autocovariance(torch.as_tensor(x).detach().double()).mean(1)
+    """Autocorrelation of chains [n c (d)] at lags 0 .. n-1, pooled over the chains: [n (d)]."""
+    covariance = _autocovariance(torch.as_tensor(x).detach().double())
     return covariance / covariance[0]
 
 
-def _halves(x: Tensor) -> Tensor:
-    """[n c d] -> [n/2 2c d]: a chain that drifts disagrees with itself."""
-    half = len(x) // 2
+def _split(x) -> tuple[Tensor, Tensor, Tensor]:
+    """[n c d] -> halves [n/2 2c d] (a drifting chain disagrees with itself), W [d], var+ [d]."""
+    x, half = torch.as_tensor(x).detach().double(), len(x) // 2
     if half < 2:
         raise ValueError(f"chain diagnostics need 4 steps or more, got {len(x)}")
-    return torch.cat([x[:half], x[-half:]], 1)
-
-
-def _per_coordinate(diagnostic, x):
-    """[n c] -> float, [n c d] -> [d]; nan where the chains never move and agree, which says nothing."""
-    x = torch.as_tensor(x).detach().double()
-    if x.ndim == 2:
-        return _per_coordinate(diagnostic, x[..., None]).item()
-    return diagnostic(_halves(x)).masked_fill(x.amax((0, 1)) == x.amin((0, 1)), math.nan)
+    x = torch.cat([x[:half], x[-half:]], 1)
+    still = x.amax((0, 1)) == x.amin((0, 1))                                # says nothing: nan
+    within = x.var(0).mean(0).masked_fill(still, math.nan)
+    return x, within, within * (half - 1) / half + x.mean(0).var(0)
 
 
 def split_r_hat(x):
-    """Split R-hat of chains x [n c] -> float, [n c d] -> [d] (BDA3 sec. 11.4; not rank-normalised): 1 when mixed."""
-    def r_hat(x):
-        within, between = x.var(0).mean(0), x.mean(0).var(0)
-        return ((len(x) - 1) / len(x) + between / within).sqrt()
-    return _per_coordinate(r_hat, x)
+    """Split R-hat (BDA3 sec. 11.4) of chains [n c] -> float or [n c d] -> [d]; 1 once mixed.
+
+    Not rank-normalised. nan if no chain ever moves, very large if they stick at different places.
+    """
+    if x.ndim == 2:
+        return split_r_hat(x[..., None]).item()
+    _, within, total = _split(x)
+    return (total / within).sqrt()
 
 
 def ess(x):
-    """Effective sample size of the mean of all n c draws; x [n c] -> float, [n c d] -> [d].
+    """Effective number of draws in chains [n c] -> float, or [n c d] -> [d]; nan if none moves.
 
-    Multi-chain autocorrelation of the split chains, Geyer's initial monotone sequence (Vehtari et al. 2021, sec. 3.2).
+    Split chains, Geyer's initial monotone sequence, as Stan (Vehtari et al. 2021, sec. 3.2).
     """
-    def size(x):
-        n, c, _ = x.shape
-        covariance = _autocovariance(x).mean(1)                                     # [n d]
-        within = covariance[0] * n / (n - 1)
-        total = within * (n - 1) / n + x.mean(0).var(0)
-        rho = 1 - (within - covariance) / total
-        rho[0] = 1
-        even, odd = rho[0:n - 1:2], rho[1:n:2]
-        alive = ((even + odd) > 0).cumprod(0)
-        paired = ((even + odd).cummin(0).values * alive).sum(0)
-        length = alive.sum(0, keepdim=True).clamp_max(len(even) - 1)
-        tau = 2 * paired - 1 + even.gather(0, length)[0].clamp_min(0)               # Geyer's improved tail
-        return n * c / tau.clamp_min(1 / math.log10(n * c))
-    return _per_coordinate(size, x)
+    if x.ndim == 2:
+        return ess(x[..., None]).item()
+    x, within, total = _split(x)
+    n, n_draws = len(x), len(x) * x.shape[1]
+    rho = 1 - (within - _autocovariance(x)) / total                         # [n d]
+    rho[0] = 1
+    even, odd = rho[0:n - 1:2], rho[1:n:2]
+    alive = (even + odd > 0).cumprod(0)                                     # until a pair is < 0
+    tau = 2 * ((even + odd).cummin(0).values * alive).sum(0) - 1
+    end = alive.sum(0, keepdim=True)                                        # [1 d] first dead pair
+    tau = tau + F.pad(even, (0, 0, 0, 1)).gather(0, end)[0].clamp_min(0)    # antithetic chains
+    return n_draws / tau.clamp_min(1 / math.log10(n_draws))
 
 
-# ---- Gaussian mixture ---------------------------------------------------------------------------
+# ---- Gaussian mixture ----------------------------------------------------------------------------
 def fit_gmm(z: Tensor, k: int, seed: int = 0, n_iter: int = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """EM for a full-covariance mixture of z [n d], k-means++ start -> (weights [k], means [k d], Cholesky factors [k d d]).
+    """EM with full covariances on z [n d] from k-means++: (weights [k], means [k d], chol [k d d]).
 
-    Each covariance has 1e-4 of the mean variance of z added to its diagonal. Own generator; float64 inside and out.
+    Float64. Covariances get 1e-4 of z's mean variance on the diagonal. Memory: n k d floats.
     """
     z, rng = z.detach().double(), torch.Generator().manual_seed(seed)
-    n, d = z.shape
-    floor = 1e-4 * z.var(0).mean() * torch.eye(d, dtype=z.dtype, device=z.device)
-    means = z[torch.randint(n, (1,), generator=rng)]
-    while len(means) < k:
-        nearest = torch.cdist(z, means).amin(1).square().cpu()
-        means = torch.cat([means, z[torch.multinomial(nearest + 1e-12, 1, generator=rng)]])
-    member = F.one_hot(torch.cdist(z, means).argmin(1), k).double()                 # [n k]
+    floor = 1e-4 * z.var(0).mean() * torch.eye(z.shape[1]).to(z)
+    means = z[torch.randint(len(z), (1,), generator=rng)]
+    while len(means) < k:                                                   # prefer far points
+        distance = torch.cdist(z, means).amin(1).cpu()
+        means = torch.cat([means, z[torch.multinomial(distance**2 + 1e-9, 1, generator=rng)]])
+    member = F.one_hot(torch.cdist(z, means).argmin(1), k).double()         # [n k]
     for _ in range(n_iter):
-        count = member.sum(0).clamp_min(1e-8)
-        weights, means = count / count.sum(), (member.T @ z) / count[:, None]
-        centred = [(z - mean) * member[:, i, None].sqrt() for i, mean in enumerate(means)]
-        chol = torch.linalg.cholesky(torch.stack([c.T @ c / count[i] + floor for i, c in enumerate(centred)]))
-        member = _gmm_joint((weights, means, chol), z).softmax(1)
-    return weights, means, chol
+        count = member.sum(0).clamp_min(1e-9)
+        means = member.T @ z / count[:, None]
+        cov = [(z - mu).T @ ((z - mu) * r[:, None]) for mu, r in zip(means, member.T)]
+        gmm = count / len(z), means, torch.linalg.cholesky(
+            torch.stack(cov) / count[:, None, None] + floor)
+        member = _log_joint(gmm, z).softmax(1)
+    return gmm
 
 
-def _gmm_joint(gmm, z: Tensor) -> Tensor:
-    """log (weight_k N(z; mean_k, chol_k chol_k^T)) -> [n k]"""
-    parts = []
-    for weight, mean, chol in zip(*gmm):
-        white = torch.linalg.solve_triangular(chol, (z.to(mean) - mean).T, upper=False)       # [d n]
-        parts.append(weight.log() - 0.5 * white.square().sum(0) - chol.diagonal().log().sum()
-                     - 0.5 * len(mean) * math.log(2 * math.pi))
-    return torch.stack(parts, 1)
+def _log_joint(gmm, z: Tensor) -> Tensor:
+    """log weight_k + log N(z; mean_k, chol_k chol_k^T): [n k]"""
+    weights, means, chol = gmm
+    normal = torch.distributions.MultivariateNormal(means, scale_tril=chol)
+    return weights.log() + normal.log_prob(z.to(means)[:, None])
 
 
 def gmm_log_prob(gmm, z: Tensor) -> Tensor:
-    """log density of a fitted mixture at z [n d] -> [n] nats, float64."""
-    return _gmm_joint(gmm, z).logsumexp(1)
+    """Log density of a mixture from `fit_gmm` at z [n d]: [n] nats, float64."""
+    return _log_joint(gmm, z).logsumexp(1)
 
 
-def sample_gmm(gmm, n: int, generator=None) -> Tensor:
-    """n draws [n d] in the default dtype, on the mixture's device; the generator, if given, lives there too."""
+def sample_gmm(gmm, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """n draws [n d], float32, on the mixture's device; a generator must live there too."""
     weights, means, chol = gmm
-    i = torch.multinomial(weights, n, replacement=True, generator=generator)
-    noise = torch.randn(n, means.shape[1], 1, dtype=means.dtype, device=means.device, generator=generator)
-    return (means[i] + (chol[i] @ noise)[..., 0]).to(torch.get_default_dtype())
+    k = torch.multinomial(weights, n, replacement=True, generator=generator)
+    noise = torch.randn(n, means.shape[1], 1, generator=generator, device=means.device).to(means)
+    return (means[k] + (chol[k] @ noise)[..., 0]).float()
 
 
-# ---- Pictures -----------------------------------------------------------------------------------
-def _tile(images: Tensor, n_cols: int, cell: int, gap: int = 2) -> np.ndarray:
-    """Images [n c h w], grey or colour, enlarged to square cells and laid out row by row on white: [H W 3] in [0, 1]."""
-    mode = "nearest" if cell % images.shape[-1] == 0 else "bicubic"
-    images = F.interpolate(images.detach().float().cpu(), size=(cell, cell), mode=mode).clamp(0, 1)
-    n_rows = -(-len(images) // n_cols)
-    canvas = torch.ones(3, n_rows * (cell + gap) - gap, n_cols * (cell + gap) - gap)
-    for i, image in enumerate(images):
-        top, left = (i // n_cols) * (cell + gap), (i % n_cols) * (cell + gap)
-        canvas[:, top:top + cell, left:left + cell] = image
-    return canvas.permute(1, 2, 0).numpy()
+# ---- Pictures ------------------------------------------------------------------------------------
+def _tile(images: Tensor, n_cols: int, side: int) -> np.ndarray:
+    """Images [n c h w], grey or colour, in rows of n_cols square cells on white: [H W 3]."""
+    images = F.interpolate(images.detach().float().cpu(), (side, side), mode="nearest-exact")
+    grid = make_grid(images.clamp(0, 1), n_cols, padding=2, pad_value=1)
+    return rearrange(grid, "c h w -> h w c").numpy()
 
 
-def _cell(images: list[Tensor]) -> int:
-    """Side of a cell in pixels: the largest image, enlarged by a whole factor to about 64."""
-    side = max(max(x.shape[-2:]) for x in images)
-    return side * max(1, round(64 / side))
-
-
-def _save_blocks(path, blocks, stacked: bool = True) -> None:
-    """PNG of blocks, each a row of (label, canvas [H W 3]) parts with a thin rule between; one pixel is one pixel."""
-    from matplotlib.figure import Figure                        # no pyplot: nothing global, no display
-    gap, strip, dpi = 12, 22, 100
-    sizes = [(sum(c.shape[1] for _, c in b) + gap * (len(b) - 1), b[0][1].shape[0] + strip) for b in blocks]
-    width = max(w for w, _ in sizes) if stacked else sum(w for w, _ in sizes) + 2 * gap * (len(sizes) - 1)
-    height = sum(h for _, h in sizes) + gap * (len(sizes) - 1) if stacked else max(h for _, h in sizes)
-    figure = Figure(figsize=((width + 2 * gap) / dpi, (height + gap) / dpi), dpi=dpi)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-gap, width + gap), ylim=(height + gap, 0))
-    axes.axis("off")
-    x = y = 0
-    for block, (w, h) in zip(blocks, sizes):
-        left = x
-        for i, (label, canvas) in enumerate(block):
-            right, bottom = left + canvas.shape[1], y + h
-            axes.imshow(canvas, extent=(left, right, bottom, y + strip), interpolation="nearest")
-            axes.text((left + right) / 2, y + strip - 5, label, ha="center", va="bottom", fontsize=9)
-            if i + 1 < len(block):
-                axes.plot([right + gap / 2] * 2, [y + strip, bottom], color="0.6", linewidth=0.8)
-            left = right + gap
-        x, y = (x, y + h + gap) if stacked else (x + w + 2 * gap, y)
-    axes.set(xlim=(-gap, width + gap), ylim=(height + gap, 0))
+def _save_canvases(path, rows) -> None:
+    """PNG of rows of (title, canvas [H W 3]), all to one scale."""
+    from matplotlib.figure import Figure                                    # no display, no pyplot
+    wide = max(sum(c.shape[1] for _, c in row) for row in rows)
+    figure = Figure(figsize=(wide / 100, sum(r[0][1].shape[0] + 25 for r in rows) / 100), dpi=150,
+                    layout="constrained")
+    blocks = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for block, row in zip(blocks, rows):
+        axes = block.subplots(1, len(row), width_ratios=[c.shape[1] for _, c in row], squeeze=False)
+        for ax, (title, canvas) in zip(axes[0], row):
+            ax.imshow(canvas)
+            ax.set_title(title, fontsize=8)
+            ax.axis("off")
     figure.savefig(path)
 
 
 def save_grid(path, images: Tensor, n_cols: int, title: str | None = None) -> None:
     """PNG of images [n c h w] in [0, 1], n_cols a row."""
-    _save_blocks(path, [[(title or "", _tile(images, n_cols, _cell([images])))]])
-
-
-def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[str, Tensor]]) -> None:
-    """PNG with a block per source m: rows are given[m] [r c h w], columns their k samples generated[m][t] [r k c h w]."""
-    cell = _cell(list(given.values()) + [x.flatten(0, 1) for m in given for x in generated[m].values()])
-    blocks = [[(f"{m}, given", _tile(x, 1, cell))] + [(t, _tile(g.flatten(0, 1), g.shape[1], cell))
-              for t, g in generated[m].items()] for m, x in given.items()]
-    _save_blocks(path, blocks, stacked=len(blocks) != 2)
+    _save_canvases(path, [[(title or "", _tile(images, n_cols, 64))]])
 
 
 def save_joint_grid(path, samples: dict[str, Tensor]) -> None:
-    """PNG of joint samples {m: [n c h w]}: a row a modality, a column a sample."""
-    cell = _cell(list(samples.values()))
-    _save_blocks(path, [[(m, _tile(x, len(x), cell))] for m, x in samples.items()])
+    """PNG with a row per modality [n c h w]; column i is one joint sample."""
+    _save_canvases(path, [[(m, _tile(x, len(x), 64))] for m, x in samples.items()])
 
 
-def save_panels(path, rows, titles, extent=None) -> None:
-    """PNG of rows of images [c h w] and density grids [a b], a title a column."""
+def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[str, Tensor]]):
+    """PNG with a row of pictures per source m: given[m] [r c h w] as a column, and beside each item
+    its k samples generated[m][t] [r k c h w] of every target t."""
+    _save_canvases(path, [
+        [(f"{m}, given", _tile(x, 1, 64))]
+        + [(t, _tile(g.flatten(0, 1), g.shape[1], 64)) for t, g in generated[m].items()]
+        for m, x in given.items()])
+
+
+def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: float) -> None:
+    """PNG of rows that begin with an image [c h w]; then densities [y x] on [-reach, reach]^2."""
+    def draw(cell):
+        if cell.ndim == 3:
+            return lambda axes: (axes.imshow(_tile(cell[None], 1, 64)), axes.axis("off"))
+        return lambda axes: axes.imshow(cell.cpu(), origin="lower", extent=[-reach, reach] * 2)
+    cells = [(titles[j], "", draw(cell)) for row in rows for j, cell in enumerate(row)]
+    _save_panels(path, cells, len(titles))
+
+
+def _save_panels(path, panels: list[tuple], n_cols: int = 4) -> None:
+    """PNG with a panel per (title, x label, draw(axes)), n_cols a row."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(2 * len(titles), 2 * len(rows)), dpi=100, layout="constrained")
-    for i, row in enumerate(rows):
-        for j, panel in enumerate(row):
-            axes, panel = figure.add_subplot(len(rows), len(titles), i * len(titles) + j + 1), panel.detach().cpu()
-            if panel.ndim == 3:
-                axes.imshow(panel.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1))
-                axes.axis("off")
-            else:
-                axes.imshow(panel, origin="lower", extent=extent)
-            axes.set_title(titles[j] if i == 0 else "", fontsize=9)
-    figure.savefig(path)
-
-
-def _save_panels(path, panels) -> None:
-    """PNG of panels (title, x label, draw(axes)), at most four a row."""
-    from matplotlib.figure import Figure
-    n_cols = min(4, len(panels))
-    n_rows = -(-len(panels) // n_cols)
+    n_rows, n_cols = -(-len(panels) // n_cols), min(n_cols, len(panels))
     figure = Figure(figsize=(3.4 * n_cols, 2.5 * n_rows), dpi=100, layout="constrained")
     for i, (title, x_label, draw) in enumerate(panels):
-        axes = figure.add_subplot(n_rows, n_cols, i + 1)
+        axes = figure.add_subplot(n_rows, n_cols, i + 1, xlabel=x_label)
         draw(axes)
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel(x_label, fontsize=8)
-        axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(fontsize=7, frameon=False)
@@ -571,134 +490,117 @@ def _save_panels(path, panels) -> None:
 
 
 def plot_curves(path, metrics_jsonl_path) -> None:
-    """PNG with a panel per metric of a run (the first 24), a line per stage and split; no file if nothing was logged."""
-    curves: dict[str, dict[str, list]] = {}
-    lines = Path(metrics_jsonl_path).read_text().splitlines() if Path(metrics_jsonl_path).exists() else []
-    for row in map(json.loads, lines):
+    """PNG with a panel per metric logged with a step, the first 24; a line per stage and split."""
+    curves = {}
+    for row in map(json.loads, Path(metrics_jsonl_path).read_text().splitlines()):
         line = " ".join(str(row[key]) for key in ("stage", "split") if key in row)
-        for key, value in row.items():
-            if key not in ("step", "epoch", "wall_s") and type(value) in (int, float) and "step" in row:
-                curves.setdefault(key, {}).setdefault(line, []).append((row["step"], value))
+        for key in row.keys() - {"step", "epoch", "stage", "split", "wall_s"}:
+            if "step" in row and not isinstance(row[key], str):
+                curves.setdefault(key, {}).setdefault(line, []).append((row["step"], row[key]))
 
     def draw(lines):
-        return lambda axes: [axes.plot(*zip(*points), ".-" if len(points) < 30 else "-", label=line, linewidth=1)
-                             for line, points in lines.items()]
+        return lambda axes: [axes.plot(*zip(*points), label=name) for name, points in lines.items()]
     if curves:
-        _save_panels(path, [(key, "step", draw(lines)) for key, lines in list(curves.items())[:24]])
+        _save_panels(path, [(key, "step", draw(curves[key])) for key in sorted(curves)[:24]])
 
 
-def chain_report(chains, path, accept_rate=None, energy=None) -> dict[str, float]:
-    """Diagnostics of chains [n c d], drawn to path; energy [n c] optional."""
-    chains = torch.as_tensor(chains).detach().double().cpu()
-    n, c, _ = chains.shape
-    r_hat, share = split_r_hat(chains), ess(chains) / (n * c)
+def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None) -> dict:
+    """Diagnostics of chains [n c d], c chains a coordinate; diagnostics.png at path.
 
-    def draw_energy(axes):
-        axes.plot(energy.detach().cpu().flatten(1)[:, :8], linewidth=0.8)
-
-    def draw_traces(axes):
-        axes.plot(chains[:, :, 0], linewidth=0.8)
-    panels = [("autocorrelation", "lag", lambda axes: axes.plot(autocorrelation(chains).nanmean(1))),
-              ("split R-hat", "", lambda axes: axes.hist(r_hat[r_hat.isfinite()], bins=30)),
-              ("first coordinate", "step", draw_traces)]
-    panels += [("energy", "step", draw_energy)] if energy is not None else []
+    r_hat, r_hat_95 (median and 95th percentile over coordinates), ess_per_step (mean, over the
+    number of draws), autocorrelation_time (mean, in steps); accept_rate is drawn in the title.
+    energy [n c] is drawn if given.
+    """
+    r_hat, size, rho = split_r_hat(chains), ess(chains) / math.prod(chains.shape[:2]), \
+        autocorrelation(chains).mean(1)
+    panels = [("split R-hat", "", lambda axes: axes.hist(r_hat[r_hat.isfinite()].cpu(), 40)),
+              ("autocorrelation, mean", "lag", lambda axes: axes.plot(rho[:len(rho) // 2].cpu())),
+              (f"first coordinate, accept rate {float(accept_rate):.2f}", "step",
+               lambda axes: axes.plot(chains[:, :, 0].cpu(), linewidth=0.6))]
+    if energy is not None:
+        panels.append(("energy", "step", lambda axes: axes.plot(energy.cpu(), linewidth=0.6)))
     _save_panels(path, panels)
-    metrics = {"accept_rate": float(accept_rate)} if accept_rate is not None else {}
-    return metrics | {"r_hat": r_hat.nanmedian().item(), "r_hat_95": r_hat.nanquantile(0.95).item(),
-                      "ess_per_step": share.nanmean().item(), "autocorrelation_time": (1 / share).nanmean().item()}
+    return {"r_hat": r_hat.nanmedian().item(), "r_hat_95": r_hat.nanquantile(0.95).item(),
+            "ess_per_step": size.nanmean().item(),
+            "autocorrelation_time": (1 / size).nanmean().item()}
 
 
-# ---- Command line, seeds, ranks -----------------------------------------------------------------
+# ---- Command line, seed, ranks -------------------------------------------------------------------
 def cli(main) -> None:
-    """Run main(); a known failure becomes one line on stderr: exit 2 for the user's mistakes, 1 for the machine's."""
+    """main(), with known failures as one line on stderr: exit 2 for the user's, 1 for the rest."""
     try:
         main()
-    except RunError as error:
-        sys.exit(_complain(error, 2))
-    except (OSError, FloatingPointError) as error:
-        sys.exit(_complain(error, 1))
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
-
-
-def _complain(error, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+    except (RunError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"error: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit({RunError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
 
 def number(kind, low=None, high=None, open_low: bool = False):
-    """An argparse type: `kind` (int or float) within [low, high], or (low, high] with open_low; nan and inf are refused."""
-    lower = [f"{'>' if open_low else '>='} {low}"] * (low is not None)
-    allowed = " and ".join(lower + [f"<= {high}"] * (high is not None)) or "finite"
+    """argparse type: a finite int or float in [low, high], or in (low, high]."""
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number ({allowed})") from None
-        too_low = low is not None and (value <= low if open_low else value < low)
-        if not math.isfinite(value) or too_low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
+        value = kind(text)
+        if not (low < value or low == value and not open_low) or value > high or value == math.inf:
+            allowed = f"{'(' if open_low else '['}{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} is outside {allowed}")
         return value
+    parse.__name__ = kind.__name__                                          # "invalid int value"
     return parse
 
 
-def run_parser(script: str, doc: str, default: str, datasets: list[str]) -> argparse.ArgumentParser:
-    """A parser with the flags that every script has; the script adds its own. Underscores, no abbreviations."""
+def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts; RUN_FLAGS leave a trained model as it is."""
     p = argparse.ArgumentParser(script, description=doc.split("\n\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag, switch = p.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
-    flag("--dataset", default=default, choices=datasets, help="loads the preset of that data set")
-    flag("--data_dir", default="datasets", help="where data files are, or are downloaded to")
-    flag("--out_dir", default="runs", help="the run folder is <out_dir>/<script>/<dataset>/<seed>")
+    flag("--dataset", default=default, choices=datasets, help="loads that data set's preset")
+    flag("--data_dir", default="datasets", help="where files are, or are downloaded to")
+    flag("--out_dir", default="runs", help="run folder: <out_dir>/<script>/<dataset>/<seed>")
     flag("--seed", type=number(int, 0), default=0)
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     flag("--resume", action="store_true", help="continue from the checkpoint, exactly")
     flag("--overwrite", action="store_true", help="replace what an earlier run left in the folder")
     flag("--eval_only", action="store_true", help="evaluate the checkpoint, train nothing")
-    flag("--checkpoint", help="a file to resume or evaluate instead of the run folder's")
+    flag("--checkpoint", help="file to resume or evaluate instead of the run folder's own")
     flag("--ckpt_minutes", type=number(float, 0), default=5.0, help="between checkpoints")
     flag("--log_every", type=number(int, 1), default=50, help="optimiser steps")
     flag("--amp", action=switch, default=False, help="bf16 autocast around the networks")
     flag("--compile", action=switch, default=False, help="torch.compile")
-    flag("--n_train", type=number(int, 20), help="use only so many items for train + val")
-    flag("--n_test", type=number(int, 2), help="use only so many test items")
+    flag("--n_train", type=number(int, 20), help="use so many items for train + val, default all")
+    flag("--n_test", type=number(int, 2), help="use so many test items, default all")
     flag("--n_modalities", type=number(int, 2, 16), default=3, help="synth_polymnist only")
-    flag("--n_eval", type=number(int, 2), default=10_000, help="most items and samples to evaluate")
+    flag("--n_eval", type=number(int, 2), default=10_000, help="items and samples evaluated")
     flag("--eval_batch", type=number(int, 1), default=1000)
     return p
 
 
 def peek(parser: argparse.ArgumentParser, argv: list[str] | None, flag: str):
-    """The value that a flag will have: for presets, which must be set before the full parse."""
+    """The value a flag will have: for presets, which are set before the full parse."""
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument(f"--{flag}", default=parser.get_default(flag))
+    pre.add_argument(f"--{flag}", nargs="?", default=parser.get_default(flag))
     return getattr(pre.parse_known_args(argv)[0], flag)
 
 
-@contextmanager
-def fixed_noise(seed: int):
-    """Torch's random numbers start at seed inside the block; the caller's go on afterwards as if nothing had been."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        yield
-
-
 @torch.no_grad()
-def mean_over(metrics, batches, seed: int = 0) -> dict[str, float]:
-    """Means over items of metrics(batch) = {name: mean over the batch []}; the same noise each time."""
+def mean_over(metrics, batches, device: torch.device, seed: int = 0) -> dict[str, float]:
+    """Means over items of metrics(batch) -> {name: mean over the batch []}, batches of dicts.
+
+    The noise is the same each time and does not touch the caller's random state.
+    """
     sums, n = {}, 0
-    with fixed_noise(seed):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         for x in batches:
             b = len(next(iter(x.values())))
             n += b
             for key, value in metrics(x).items():
-                sums[key] = sums.get(key, 0.0) + value * b
-    return {key: float(value) / n for key, value in sums.items()}
+                sums[key] = sums.get(key, 0.0) + value.double() * b
+    return {key: value.item() / n for key, value in sums.items()}
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch on all devices, and ask cuDNN for reproducible algorithms."""
+    """Seed python, numpy and torch on every device; cuDNN keeps to reproducible algorithms."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -706,7 +608,7 @@ def seed_everything(seed: int) -> None:
 
 
 def distributed() -> tuple[int, int]:
-    """(rank, world) from torchrun's environment, joining its process group (gloo for CPU, nccl for CUDA); else (0, 1)."""
+    """(rank, world) under torchrun, whose process group is joined; (0, 1) without."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not dist.is_initialized():
@@ -715,23 +617,19 @@ def distributed() -> tuple[int, int]:
 
 
 def average_gradients(parameters, world: int) -> None:
-    """Replace every gradient by its mean over the ranks, in one all_reduce; nothing to do for world 1."""
+    """Replace the gradients by their means over the ranks, in one all_reduce."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    if world == 1 or not grads:
-        return
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
-        grad.copy_(mean.view_as(grad))
+    if world > 1 and grads:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(total.view_as(grad) / world)
 
 
-# ---- Files --------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 @contextmanager
 def atomic_write(path):
-    """A binary file that takes the place of `path` when the block ends well; on failure `path` is as before.
-
-    OSError, in one line that names the file, whatever the writer raised (torch's zip writer raises RuntimeError).
-    """
+    """A binary file that becomes `path` if all goes well; else OSError, and path is as it was."""
     tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as file:
@@ -739,70 +637,37 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:                    # torch's zip writer: RuntimeError
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         tmp.unlink(missing_ok=True)
 
 
 def _read(path) -> dict:
-    """A file of torch.save, on the CPU, tensors and plain values only; RunError if it is missing or broken."""
+    """What torch.save wrote: tensors and plain values, on the CPU. RunError: missing or broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise RunError(f"{path} is truncated or no checkpoint ({str(error).splitlines()[0][:80]})") from error
-
-
-def _commit(folder) -> str | None:
-    """Git commit of a folder, with "-dirty" after it if tracked files differ; None outside a repository."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=folder,
-                              capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one; under torchrun each process of a machine has its own."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RunError(f"--device {name}: this machine has no CUDA device that torch can use; try --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    return device
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise RunError(f"cannot read {path}, missing or damaged: {str(error)[:80]!r}") from error
 
 
 def _plain(value):
-    """Tensor and numpy scalars as python numbers."""
+    """A tensor or numpy scalar as a python number."""
     return value.item() if hasattr(value, "item") else value
 
 
-# ---- The run folder -----------------------------------------------------------------------------
-RUN_FILES = ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "result.json",
-             "samples.png", "cross.png", "recon.png", "curves.png", "diagnostics.png", "posteriors.png")
-RUN_FLAGS = {"data_dir", "out_dir", "device", "resume", "overwrite", "eval_only", "checkpoint", "ckpt_minutes", "log_every",
-             "amp", "compile", "n_eval", "eval_batch", "n_test"}         # may differ between a checkpoint and its user
-
-
+# ---- The folder of a run -------------------------------------------------------------------------
 class Run:
-    """The folder of a run, its log, checkpoint and signals. Made by open_run; every rank has one, rank 0 writes."""
+    """Log, checkpoint and signals of a run, from `open_run`. Every rank has one, rank 0 writes."""
 
-    def __init__(self, directory: Path, script: str, args, rank: int, world: int):
-        self.dir, self.script, self.args, self.rank, self.world = directory, script, args, rank, world
-        self.device = _pick_device(args.device)
-        self.commit, self.command = None, ""
-        self.stop_requested = 0                                 # the signal's number, once one came
+    def __init__(self, args, script: str, device: torch.device, rank: int, world: int):
+        self.args, self.script, self.device = args, script, device
+        self.rank, self.world = rank, world
+        self.dir = Path(args.out_dir) / script / args.dataset / str(args.seed)
+        self.stop_requested = self._signal = 0                              # the signal's number
         self._start = self._saved = time.monotonic()
-        self._lock = self._log = None
-        self._shown, self._stage, self._live = -math.inf, None, False
-        self._handlers = {}
+        self._stage = self._lock = self._log = None
+        self._handlers, self._about = {}, {}
 
     def __enter__(self):
         return self
@@ -810,193 +675,213 @@ class Run:
     def __exit__(self, *_):
         self.close()
 
-    def start(self, model: nn.Module) -> None:
-        """Print the header, note parameter counts in config.json, and give every rank noise of its own."""
-        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in model.named_children()}
-        nets = ", ".join(f"{name} {n:,}" for name, n in counts.items())
-        self.say(f"{self.script} on {self.args.dataset}, seed {self.args.seed}, {_device_name(self.device)} -> {self.dir}\n"
-                 f"parameters: {nets}")
-        path = self.dir / "config.json"
-        if self.rank == 0 and not self.args.eval_only:
-            with atomic_write(path) as file:
-                file.write((json.dumps(json.loads(path.read_text()) | {"parameters": counts}, indent=1) + "\n").encode())
-        self._own_noise()
-
-    def _own_noise(self) -> None:
-        if self.rank:
-            torch.manual_seed(torch.randint(2**62, ()).item() + self.rank)
-
-    # -- console and log
     def say(self, text: str) -> None:
-        """A line on the console (rank 0)."""
+        """A line on the console."""
         if self.rank == 0:
-            print("\r\x1b[K" * self._live + text, flush=True)
-            self._live = False
+            print("\r\x1b[K" * sys.stdout.isatty() + text, flush=True)     # over a live line
+
+    def start(self, model: nn.Module) -> None:
+        """Say what runs, and how large each part of the model is; note that in config.json too."""
+        sizes = {name: sum(p.numel() for p in part.parameters())
+                 for name, part in model.named_children()}
+        parts = "  ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
+        self.say(f"{self.script}  {self.args.dataset}  seed {self.args.seed}  "
+                 f"{self._about['device']}  {self.dir}\nparameters: {parts}")
+        if self.rank == 0 and not self.args.eval_only:
+            config = json.loads((self.dir / "config.json").read_text()) | {"parameters": sizes}
+            with atomic_write(self.dir / "config.json") as file:
+                file.write(json.dumps(config, indent=1).encode())
 
     def progress(self, stage, epoch, n_epochs, step, total, batch_size, **metrics) -> None:
-        """One line on where the run is: rewritten in place on a terminal, else a new line at most every 15 s."""
+        """Where the run is: a live line on a terminal, elsewhere a line every 15 s."""
         now, tty = time.monotonic(), sys.stdout.isatty()
         if stage != self._stage:
             self._stage, self._first, self._shown = stage, (step, now), -math.inf
-        if self.rank or now - self._shown < (0.2 if tty else 15) and step < total:
+        if self.rank or now - self._shown < (0.2 if tty else 15):
             return
-        self._shown = now
-        pace = (now - self._first[1]) / max(step - self._first[0], 1)     # seconds a step
-        parts = [f"{stage}", f"epoch {epoch}/{n_epochs}", f"step {step}/{total}"]
+        self._shown, (first, start) = now, self._first
+        parts = [stage, f"epoch {epoch}/{n_epochs}", f"step {step}/{total}"]
         parts += [f"{key} {_plain(value):.4g}" for key, value in metrics.items()]
-        parts += [f"{batch_size / pace:.0f}/s", f"ETA {_clock(pace * (total - step))}"] if pace else []
-        line = "  ".join(parts)
-        if tty:
-            line = line[:shutil.get_terminal_size().columns - 1]
-        print("\r\x1b[K" * tty + line, end="" if tty else "\n", flush=True)
-        self._live = tty
+        if step > first:
+            pace = (now - start) / (step - first)                           # seconds a step
+            parts += [f"{batch_size / pace:.0f}/s", f"ETA {pace * (total - step) / 60:.1f} min"]
+        line, width = "  ".join(parts), shutil.get_terminal_size().columns - 1
+        print("\r\x1b[K" + line[:width] if tty else line, end="" if tty else "\n", flush=True)
 
     def log(self, **metrics) -> None:
-        """Append one JSON object to metrics.jsonl; tensors become numbers. FloatingPointError on a non-finite value."""
+        """A line of metrics.jsonl, with wall_s; FloatingPointError if a value is not finite."""
         metrics = {key: _plain(value) for key, value in metrics.items()}
         for key, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"{key} is {value} at step {metrics.get('step', '?')} of {self.dir}")
+                raise FloatingPointError(f"{key} is {value} at step {metrics.get('step', '?')}")
         if self.rank == 0:
             self._log = self._log or open(self.dir / "metrics.jsonl", "a")
             self._log.write(json.dumps(metrics | {"wall_s": round(self.wall_s(), 3)}) + "\n")
             self._log.flush()
 
     def wall_s(self) -> float:
-        """Seconds since the run began, without the time between a stop and its --resume."""
+        """Seconds that the run has taken, resumes included."""
         return time.monotonic() - self._start
 
-    # -- checkpoints
     def checkpoint_due(self) -> bool:
-        """Have --ckpt_minutes passed since the last one, or was the run asked to stop?"""
+        """Is --ckpt_minutes over, or the run to stop? Call it in each step, on every rank."""
         due = time.monotonic() - self._saved >= 60 * self.args.ckpt_minutes
+        if self.world > 1:                                                  # all ranks stop at once
+            flags = torch.tensor([due, self._signal], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            due, self.stop_requested = flags.tolist()
         return bool(due or self.stop_requested)
 
     def save(self, state: dict) -> None:
-        """Write checkpoint.pt: `state` (tensors, state_dicts, numbers, strings) and all that an exact resume needs."""
-        self._saved = time.monotonic()
-        log = self.dir / "metrics.jsonl"
+        """checkpoint.pt: state (tensors, state_dicts, numbers, strings) and what a resume needs.
+
+        OSError, in a line, if it cannot be written; the earlier checkpoint is then still there.
+        """
+        self._saved, log = time.monotonic(), self.dir / "metrics.jsonl"
         name, keys, *rest = np.random.get_state()
-        rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+        rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+               "torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        payload = {"format": 1, "script": self.script, "config": vars(self.args), "state": state, "rng": rng, "wall_s": self.wall_s(),
-                   "log_bytes": log.stat().st_size if log.exists() else 0}
         if self.rank == 0:
             with atomic_write(self.dir / "checkpoint.pt") as file:
-                torch.save(payload, file)
+                torch.save({"script": self.script, "format": 1, "state": state, "rng": rng,
+                            "flags": json.dumps(vars(self.args), default=str),
+                            "log_bytes": log.stat().st_size if log.exists() else 0,
+                            "wall_s": self.wall_s()}, file)
 
-    def load(self, path=None, free=()) -> dict:
-        """The state of a checkpoint (this run's by default), on the CPU; random states too unless --eval_only."""
-        path = Path(path or self.dir / "checkpoint.pt")
+    def load(self, path=None, free: tuple[str, ...] = ()) -> dict:
+        """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none.
+
+        Flags other than RUN_FLAGS and free must be the checkpoint's. Unless --eval_only the run
+        goes on from there: random states, log and wall clock are set back.
+        """
+        own = self.dir / "checkpoint.pt"
+        path, log = Path(path or own), self.dir / "metrics.jsonl"
         kept = _read(path)
-        if not isinstance(kept, dict) or kept.get("format") != 1 or kept.get("script") != self.script:
-            raise RunError(f"{path} is not a checkpoint of {self.script}.py")
-        for key in vars(self.args).keys() - RUN_FLAGS - set(free):
-            if vars(self.args)[key] != kept["config"].get(key):
-                raise RunError(f"--{key} is {vars(self.args)[key]}, but {path} was made with {kept['config'].get(key)}: "
-                               f"give --{key} {kept['config'].get(key)}, or train anew with another --out_dir")
-        if self.args.eval_only:
-            return kept["state"]
-        torch.set_rng_state(kept["rng"]["torch"])
-        random.setstate(kept["rng"]["python"])
-        np.random.set_state(kept["rng"]["numpy"])
-        if self.device.type == "cuda" and "cuda" in kept["rng"]:
-            torch.cuda.set_rng_state(kept["rng"]["cuda"], self.device)
-        self._own_noise()
-        self._start = time.monotonic() - kept["wall_s"]
-        log = self.dir / "metrics.jsonl"
-        if path == self.dir / "checkpoint.pt" and self.rank == 0 and log.exists():
-            os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
+        if not isinstance(kept, dict) or kept.get("script") != self.script or kept["format"] != 1:
+            raise RunError(f"{path} is not a checkpoint of this version of {self.script}.py")
+        given = json.loads(json.dumps(vars(self.args), default=str))
+        for flag, value in json.loads(kept["flags"]).items():
+            if flag not in (*RUN_FLAGS, *free) and given.get(flag) != value:
+                raise RunError(f"{path} was made with --{flag} {value}, not {given.get(flag)}: "
+                               "give the same flags, or train anew with another --out_dir")
+        if not self.args.eval_only:
+            random.setstate(kept["rng"]["python"])
+            np.random.set_state(kept["rng"]["numpy"])
+            torch.set_rng_state(kept["rng"]["torch"])
+            if self.device.type == "cuda" and "cuda" in kept["rng"]:
+                torch.cuda.set_rng_state(kept["rng"]["cuda"], self.device)
+            if self.rank:                                                   # noise of its own
+                torch.manual_seed(torch.randint(2**40, ()).item() + self.rank)
+            if path.resolve() == own.resolve():
+                self._start = time.monotonic() - kept["wall_s"]
+                if self.rank == 0 and log.exists():
+                    os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
         return kept["state"]
 
-    # -- the end
     def stop(self) -> None:
-        """Leave after a signal, once the caller has saved: SystemExit 130 (Ctrl-C) or 143 (SIGTERM)."""
-        self.say(f"stopped by {signal.Signals(self.stop_requested).name}; continue with --resume ({self.dir})")
-        self.close()
+        """Leave after a signal, once saved: SystemExit 130 (Ctrl-C) or 143 (SIGTERM)."""
+        name = signal.Signals(self.stop_requested).name
+        self.say(f"stopped by {name}; continue with --resume, from {self.dir}")
         raise SystemExit(128 + self.stop_requested)
 
     def finish(self, metrics: dict, dataset_note: str, n: int, **extra) -> dict[str, float]:
-        """Write result.json and print the metrics in one line; a non-finite value is written as null. Returns metrics."""
+        """Write result.json, in which null is a metric that is not finite. Returns the metrics."""
         metrics = {key: _plain(value) for key, value in metrics.items()}
-        finite = {key: v if math.isfinite(v) else None for key, v in metrics.items()}
-        result = {"script": self.script, "dataset": self.args.dataset, "seed": self.args.seed, "metrics": finite,
-                  "note": dataset_note, "n": n, **{key: _plain(value) for key, value in extra.items()},
-                  "minutes": round(self.wall_s() / 60, 3), "device": _device_name(self.device),
-                  "torch": torch.__version__, "command": self.command, "commit": self.commit}
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        result = {"script": self.script, "dataset": self.args.dataset, "seed": self.args.seed,
+                  "metrics": finite, "note": dataset_note, "n": n, **extra,
+                  "minutes": round(self.wall_s() / 60, 2), **self._about}
         if self.rank == 0:
             with atomic_write(self.dir / "result.json") as file:
-                file.write((json.dumps(result, indent=1) + "\n").encode())
+                file.write(json.dumps(result, indent=1).encode())
             plot_curves(self.dir / "curves.png", self.dir / "metrics.jsonl")
-        self.say("  ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:8]) + f"  -> {self.dir}")
+        main = [key for key in metrics if key.startswith(("coherence_", "judge_"))]
+        self.say("  ".join(f"{key} {metrics[key]:.3f}" for key in main or metrics)
+                 + f"\n{self.wall_s() / 60:.1f} minutes; everything else is in {self.dir}")
         return metrics
 
     def close(self) -> None:
-        """Give back the signals and the folder's lock; safe to call twice."""
+        """Give back signals, files and the folder's lock; may be called twice."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
-        for file in (self._log, self._lock):
-            if file is not None:
-                file.close()
-        self._log = self._lock = None
+        for file in filter(None, (self._log, self._lock)):
+            file.close()
+        self._handlers, self._log, self._lock = {}, None, None
 
-    def _on_signal(self, number, frame) -> None:
-        self.stop_requested = number
-        signal.signal(number, self._handlers[number])          # a second one aborts at once
-        os.write(2, b"\nstopping after this step; once more to abort\n")
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    def _on_signal(self, number: int, _) -> None:
+        self._signal = number
+        self.stop_requested = number if self.world == 1 else 0              # else checkpoint_due
+        signal.signal(number, self._handlers[number])                       # a second one aborts
+        os.write(2, b"\nstopping after this step\n")
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _pick_device(name: str) -> torch.device:
+    """The device of --device; under torchrun each process has a GPU of its own."""
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if name == "auto" else name)
+    except RuntimeError:
+        raise RunError(f"--device {name}: give auto, cpu, cuda or cuda:<number>") from None
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise RunError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
 
 
-def open_run(args, script_path, argv=None) -> Run:
-    """Claim the folder out_dir/<script>/<dataset>/<seed>, lock it, and describe the run in it (config.json, source.py).
+def open_run(args, script_path, argv: list[str] | None = None) -> Run:
+    """Claim and lock out_dir/<script>/<dataset>/<seed>; leave config.json and source.py there.
 
-    RunError if another process holds it, if it has results and none of --resume, --overwrite, --eval_only is given,
-    or if there is nothing to resume. Removes nothing but RUN_FILES, and that only with --overwrite.
+    RunError: it is in use, or holds a run and none of --resume, --overwrite, --eval_only is given,
+    or holds nothing to resume. --overwrite removes RUN_FILES only.
     """
-    rank, world = distributed()
-    script = Path(script_path).stem
-    run = Run(Path(args.out_dir) / script / args.dataset / str(args.seed), script, args, rank, world)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    run.commit, run.command = _commit(Path(script_path).resolve().parent), " ".join(["python", f"{script}.py", *argv])
-    if args.resume and args.overwrite:
-        raise RunError("--resume and --overwrite contradict each other")
-    if rank == 0:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        run._lock = open(run.dir / ".lock", "a")
+    run = Run(args, Path(script_path).stem, _pick_device(args.device), *distributed())
+    argv = sys.argv[1:] if argv is None else argv
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, cwd=Path(script_path).resolve().parent, capture_output=True,
+                                check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):                        # not a git checkout
+        commit = None
+    gpu = run.device.type == "cuda"
+    run._about = {"device": torch.cuda.get_device_name(run.device) if gpu else "cpu",
+                  "torch": torch.__version__, "commit": commit,
+                  "command": " ".join(["python", Path(script_path).name, *argv])}
+    if run.rank == 0:
         try:
-            fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{run.dir} is in use by another process") from None
-        _prepare(run, args)
-        if not args.eval_only or not (run.dir / "config.json").exists():
-            config = vars(args) | {"argv": argv, "commit": run.commit, "torch": torch.__version__,
-                                   "device_name": _device_name(run.device), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+            _claim(run)
+        except RunError:
+            run.close()
+            raise
+        if not (args.eval_only and (run.dir / "config.json").exists()):
+            config = vars(args) | {"argv": argv, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
             with atomic_write(run.dir / "config.json") as file:
-                file.write((json.dumps(config, indent=1, default=str) + "\n").encode())
+                file.write(json.dumps(config | {"run": run._about}, indent=1, default=str).encode())
             shutil.copyfile(script_path, run.dir / "source.py")
     if threading.current_thread() is threading.main_thread():
-        run._handlers = {s: signal.signal(s, run._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            run._handlers[number] = signal.signal(number, run._on_signal)
     return run
 
 
-def _prepare(run: Run, args) -> None:
-    """Empty the folder, or refuse it, as the flags say."""
-    if args.overwrite:
-        for name in RUN_FILES:
-            (run.dir / name).unlink(missing_ok=True)
-    for left in run.dir.glob(".*.tmp"):                         # of a run killed while it wrote
-        left.unlink()
-    if args.resume and not args.checkpoint and not (run.dir / "checkpoint.pt").exists():
-        raise RunError(f"--resume: no checkpoint.pt in {run.dir}")
-    used = {f.name for f in run.dir.iterdir()} - {".lock", "config.json", "source.py"}
+def _claim(run: Run) -> None:
+    """Lock the folder, then empty or refuse it, as the flags say."""
+    run.dir.mkdir(parents=True, exist_ok=True)
+    run._lock = open(run.dir / ".lock", "a")                                # freed even by kill -9
+    try:
+        fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{run.dir} is in use by another process") from None
+    args = run.args
+    for old in [*run.dir.glob(".*.tmp"), *(run.dir / name for name in RUN_FILES if args.overwrite)]:
+        old.unlink(missing_ok=True)
+    used = {file.name for file in run.dir.iterdir()} - {".lock", "config.json", "source.py"}
+    if args.resume and not (args.checkpoint or "checkpoint.pt" in used):
+        raise RunError(f"--resume: there is no checkpoint.pt in {run.dir}")
     if used and not (args.resume or args.overwrite or args.eval_only):
-        raise RunError(f"{run.dir} is not empty: give --resume, --overwrite or --eval_only, or another --seed or --out_dir")
+        raise RunError(f"{run.dir} holds a run: give --resume, --overwrite or --eval_only, or "
+                       "another --seed or --out_dir")

@@ -45,7 +45,7 @@ TWINS = {"mnist": "synth_mnist", "fashion_mnist": "synth_mnist", "mnist_svhn": "
 SYNTHETIC = {"synth_mnist_svhn": ("mnist", "svhn"), "synth_mnist": ("mnist",),
              "synth_svhn": ("svhn",), "shapes": ("circle", "square"),
              "synth_polymnist": tuple(f"m{i}" for i in range(16))}
-SYNTHETIC_VERSION = 6                       # raise it when the same seed gives other images
+SYNTHETIC_VERSION = 9                       # raise it when the same seed gives other images
 NAMES = (*SYNTHETIC, *TWINS)
 
 
@@ -138,7 +138,7 @@ def batches(dataset: Dataset, batch_size: int, generator: torch.Generator | None
     rank r of world gets the slice [r::world] of each batch.
     """
     n, order = len(dataset), None
-    n_batches = -(-n // batch_size)
+    n_batches = math.ceil(n / batch_size)
     if generator is not None:
         dataset = redraw(dataset, generator)
         order = torch.randperm(n, generator=generator)
@@ -213,7 +213,7 @@ def _draw(y: Tensor, pool_y: Tensor, generator: torch.Generator) -> Tensor:
         wanted, pool = (y == c).nonzero().flatten(), (pool_y == c).nonzero().flatten()
         _require(len(pool) > 0, f"no image of class {int(c)} to pair with")
         rounds = [pool[torch.randperm(len(pool), generator=generator)]
-                  for _ in range(-(-len(wanted) // len(pool)))]
+                  for _ in range(math.ceil(len(wanted) / len(pool)))]
         rows[wanted] = torch.cat(rounds)[:len(wanted)]
     return rows
 
@@ -525,26 +525,21 @@ def _digits(y: Tensor, size: int, zoom: float, generator: torch.Generator) -> Te
     return (distance * zoom * size / 2 + 0.5).clamp(0, 1)       # distance in pixels: soft edge
 
 
-def _wheel(angle: Tensor, phase: Tensor) -> Tensor:
-    """Colours [.. 3 h w] of [.. 1 h w] angles: opposite angles have opposite colours, 1 - c, with a
-    strong contrast. Angles are uniform, so that no linear classifier of the pixels sees a digit,
-    and lie on a circle, so that a latent space has no gaps as between the colours of a palette."""
-    return 0.5 + 0.42 * torch.cos(angle + phase[:, None, None])
-
-
 def _house_numbers(y: Tensor, generator: torch.Generator) -> Tensor:
-    """[n 3 32 32] uint8: y between two cut-off random digits on a ground of the opposite colour,
-    with a linear shade and a little noise."""
+    """[n 3 32 32] uint8: y between two cut-off random digits, cream on night blue or, one in three,
+    the reverse, with a linear shade and a little noise. Two polarities keep a linear classifier of
+    the pixels from seeing the digit; of a continuum of colours VAEs draw the grey mean."""
     n = len(y)
     beside = torch.randint(10, (n, 2), generator=generator)
     cover = _digits(torch.stack([beside[:, 0], y, beside[:, 1]], 1), 32, 1.0, generator)
-    angle = 2 * torch.pi * torch.rand(n, 1, 1, 1, generator=generator)
-    ground = _wheel(angle, torch.tensor([0, 0.25, 0.5]) * torch.pi)         # [n 3 1 1]
+    light = torch.rand(n, 1, 1, 1, generator=generator) < 1 / 3
+    cover = torch.where(light, 1 - cover, cover)                            # light ground, dark ink
+    blue, cream = torch.tensor([[0.12, 0.16, 0.42], [0.95, 0.88, 0.75]])[:, :, None, None]
     axis = torch.linspace(-1, 1, 32)
     slope = 0.2 * torch.rand(2, n, 1, 1, 1, generator=generator) - 0.1
     shade = slope[0] * axis + slope[1] * axis[:, None]                      # [n 1 h w]
     noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
-    return _to_bytes(torch.lerp(ground, 1 - ground, cover) + shade + noise)
+    return _to_bytes(torch.lerp(blue, cream, cover) + shade + noise)
 
 
 def _texture(m: int) -> Tensor:
@@ -556,4 +551,4 @@ def _texture(m: int) -> Tensor:
     across = axis[:, None] * math.cos(direction) - axis * math.sin(direction)
     angle = 2 * torch.pi * (along + 8 * torch.sin(across / 16)) / length
     phase = torch.arange(3).roll(m) * (0.15 + 0.25 * ((0.38 * m) % 1)) * torch.pi
-    return _to_bytes(_wheel(angle, phase))
+    return _to_bytes(0.5 + 0.42 * torch.cos(angle + phase[:, None, None]))

@@ -23,8 +23,7 @@ Algorithm
 Usage
   python jnf.py                                          synthetic digits, minutes on two CPU cores
   python jnf.py --dataset mnist_svhn --data_dir DIR      the authors' setting; --help lists flags
-  python jnf.py --shared contrastive                     JNF-Shared
-Measured results, with commands, are in README.md.
+  python jnf.py --shared contrastive                     JNF-Shared;  results: README.md
 
 Deviations from the authors' public code
   D1 the prior's exponent is |S|-1 for every |S| (theirs: 1; --prior_exponent official)
@@ -35,7 +34,7 @@ Deviations from the authors' public code
 """
 import argparse
 import math
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -64,7 +63,7 @@ SHARED = {"polymnist": dict(common_dim=64, shared_layers=2, batch_size=64, epoch
                             epochs_flow=200),
           "translated_polymnist": dict(common_dim=64, shared_layers=2)}        # on top of PRESETS
 OFFICIAL_HMC = dict(hmc_steps=100, hmc_adapt=0, hmc_step_size=0.01, n_leapfrog=10,
-                    hmc_start="base", prior_exponent="official")
+                    prior_exponent="official")
 INFERENCE_FLAGS = (*OFFICIAL_HMC, "sampler", "latent_prior", "gmm_components")  # not for training
 
 
@@ -103,7 +102,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--hmc_adapt", type=number(int, 0), default=30, help="steps that tune the step size")
     flag("--hmc_step_size", type=number(float, 0, open_low=True), default=0.5)
     flag("--n_leapfrog", type=number(int, 1), default=4)
-    flag("--hmc_start", default="flow", choices=["flow", "base"], help="base: no inverse flow")
     flag("--prior_exponent", default="exact", choices=["exact", "official"], help="|S|-1, or 1")
     flag("--latent_prior", default="normal", choices=["normal", "gmm"], help="gmm: fit to q(z|X)")
     flag("--gmm_components", type=number(int, 1), default=10)
@@ -188,49 +186,56 @@ class GaussianHead(nn.Module):
         return self.mu(h), s if self.std == "exp" else 2 * (F.softplus(s) + 1e-5).log()
 
 
-class MADE(nn.Module):
-    """Masked MLP (Germain et al. 2015): shift_i and log_scale_i see z_1 .. z_(i-1) only."""
+def made(z: Tensor, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Masked MLP (Germain et al. 2015): shift_i and log_scale_i, [b d], see z_1 .. z_(i-1) only.
 
-    def __init__(self, z_dim: int, n_hidden: int, hidden: int):
-        super().__init__()
-        degrees = [torch.arange(z_dim)] + [torch.arange(hidden) % max(z_dim - 1, 1)] * n_hidden
-        masks = [b[:, None] >= a[None, :] for a, b in zip(degrees, degrees[1:])]
-        masks.append((degrees[0][:, None] > degrees[-1][None, :]).repeat(2, 1))
-        self.layers = nn.ModuleList(nn.Linear(m.shape[1], m.shape[0]) for m in masks)
-        for layer, mask in zip(self.layers, masks):
-            layer.register_buffer("mask", mask.float(), persistent=False)
+    layers: masked weights (w [i o], b [o]); or those of s nets, (w [s i o], b [s 1 o]), for which
+    z and the outputs are [s b d].
+    """
+    for i, (w, b) in enumerate(layers):
+        z = (z.relu() if i else z) @ w + b
+    return z.chunk(2, dim=-1)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        for i, layer in enumerate(self.layers):
-            z = F.linear(z.relu() if i else z, layer.weight * layer.mask, layer.bias)
-        return z.chunk(2, dim=-1)                                          # shift, log_scale [b d]
+
+def flow_pass(z: Tensor, blocks: list) -> tuple[Tensor, Tensor]:
+    """z [b d] -> (u [b d], log_det = log|det du/dz| [b]) of MAF.weights(), or of several stacked:
+    u_i = (z_i - shift_i(z_<i)) exp(-log_scale_i(z_<i)), then the order is reversed; each block."""
+    log_det = z.new_zeros(z.shape[:-1])
+    for layers in blocks:
+        shift, log_scale = made(z, layers)
+        z, log_det = ((z - shift) * (-log_scale).exp()).flip(-1), log_det - log_scale.sum(-1)
+    return z, log_det
 
 
 class MAF(nn.Module):
-    """Masked autoregressive flow (Papamakarios et al. 2017): n_blocks times
-    u_i = (z_i - shift_i(z_<i)) exp(-log_scale_i(z_<i)), then the order is reversed.
-    Without blocks it is the identity and the posterior a Gaussian."""
+    """Masked autoregressive flow (Papamakarios et al. 2017), the identity if n_blocks is 0."""
 
     def __init__(self, z_dim: int, n_blocks: int = 2, n_hidden: int = 3, hidden: int = 128):
         super().__init__()
-        self.blocks = nn.ModuleList(MADE(z_dim, n_hidden, hidden) for _ in range(n_blocks))
+        degrees = [torch.arange(z_dim)] + [torch.arange(hidden) % max(z_dim - 1, 1)] * n_hidden
+        masks = [a[:, None] <= b for a, b in zip(degrees, degrees[1:])]    # [i o]
+        masks.append((degrees[-1][:, None] < degrees[0]).repeat(1, 2))
+        for i, mask in enumerate(masks):
+            self.register_buffer(f"mask{i}", mask.float(), persistent=False)
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(*m.shape) for m in masks)
+                                    for _ in range(n_blocks))
+
+    def weights(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """[block][layer] of (masked weight [i o], bias [o])."""
+        return [[(layer.weight.T * mask, layer.bias) for layer, mask in zip(block, self.buffers())]
+                for block in self.blocks]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z [b d] -> (u [b d], log_det = log|det du/dz| [b]): one pass a block."""
-        log_det = z.new_zeros(z.shape[:-1])
-        for block in self.blocks:
-            shift, log_scale = block(z)
-            z = ((z - shift) * (-log_scale).exp()).flip(-1)
-            log_det = log_det - log_scale.sum(-1)
-        return z, log_det
+        """z [b d] -> (u [b d], log_det [b]): one pass a block."""
+        return flow_pass(z, self.weights())
 
     @torch.no_grad()
     def inverse(self, u: Tensor) -> Tensor:
         """u [... d] -> z [... d]: d sequential passes a block, without gradient."""
-        for block in reversed(self.blocks):
+        for layers in reversed(self.weights()):
             u, z = u.flip(-1), torch.zeros_like(u)
             for i in range(u.shape[-1]):
-                shift, log_scale = block(z)
+                shift, log_scale = made(z, layers)
                 z[..., i] = u[..., i] * log_scale[..., i].exp() + shift[..., i]
             u = z
         return u
@@ -248,7 +253,7 @@ class JNF(nn.Module):
         self.shapes, self.modalities, self.shared = shapes, list(shapes), args.shared
         self.joint_heads, self.decoders = nn.ModuleDict(), nn.ModuleDict()
         self.projectors, self.posteriors = nn.ModuleDict(), nn.ModuleDict()
-        hidden = [m for _ in range(args.shared_layers - 1) for m in (nn.Linear(512, 512), nn.SiLU())]
+        hidden = [nn.Linear(512, 512), nn.SiLU()] * (args.shared_layers - 1)
         shared_mlp = nn.Sequential(nn.Linear(args.common_dim, 512), nn.SiLU(), *hidden,
                                    nn.Linear(512, args.shared_dim))        # one for all modalities
         for m, shape in shapes.items():
@@ -303,40 +308,30 @@ def log_poe(z: Tensor, posteriors: list[tuple], prior_power: float | None = None
 
     posteriors: (mu_j [b d], log_var_j [b d], flow_j) for each j in S, flow_j(z) = (u, log_det).
     mu and log_var do not depend on z: encode once, outside the chain. Unnormalised if |S| > 1.
+    An entry may also hold s experts, mu and log_var [s b d]; then give prior_power = |S|-1.
     """
     power = len(posteriors) - 1 if prior_power is None else prior_power
     log_p = -power * log_normal(z)
     for mu, log_var, flow in posteriors:
         u, log_det = flow(z)
-        log_p = log_p + log_normal(u, mu, log_var) + log_det
+        log_p = log_p + (log_normal(u, mu, log_var) + log_det).reshape(-1, len(z)).sum(0)
     return log_p
 
 
-def stack_flows(flows: list[MAF]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Weights of s flows of one size, masks multiplied in: [block][layer] (w [s i o], b [s 1 o])."""
-    return [[(torch.stack([(layer.weight * layer.mask).T for layer in layers]).contiguous(),
-              torch.stack([layer.bias for layer in layers])[:, None])
-             for layers in zip(*(block.layers for block in blocks))]
-            for blocks in zip(*(flow.blocks for flow in flows))]
-
-
-def log_poe_stacked(z: Tensor, mu: Tensor, log_var: Tensor, weights: list, power: float) -> Tensor:
-    """log_poe, all s experts in one batched product a layer (mu, log_var [s b d]): fast in HMC."""
-    u, log_det = z.expand(len(mu), *z.shape), 0.0                          # [s b d]
-    for layers in weights:
-        h = u
-        for i, (w, b) in enumerate(layers):
-            h = torch.baddbmm(b, h.relu() if i else h, w)
-        shift, log_scale = h.chunk(2, dim=-1)
-        u, log_det = ((u - shift) * (-log_scale).exp()).flip(-1), log_det - log_scale.sum(-1)
-    return (log_normal(u, mu, log_var) + log_det).sum(0) - power * log_normal(z)
+def stack_experts(experts: list[tuple]) -> tuple[Tensor, Tensor, list]:
+    """(mu_j, log_var_j, MAF_j) of one size -> mu [s b d], log_var [s b d], the flows' weights: one
+    batched product a layer for all experts, masks multiplied in once. What HMC runs on."""
+    mu, log_var, flows = zip(*experts)
+    blocks = [[(torch.stack([w for w, _ in layers]), torch.stack([b for _, b in layers])[:, None])
+               for layers in zip(*block)] for block in zip(*(flow.weights() for flow in flows))]
+    return torch.stack(mu), torch.stack(log_var), blocks
 
 
 @cache
 def compiled_gradient():
-    """torch.compile of inputs -> (gradient in z [b d], (sum, log_poe_stacked [b])), one graph."""
-    def log_p(*inputs):
-        value = log_poe_stacked(*inputs)
+    """torch.compile of (z, *stack_experts(..), power) -> (gradient [b d], (sum, log_poe [b]))."""
+    def log_p(z, mu, log_var, blocks, power):
+        value = log_poe(z, [(mu, log_var, partial(flow_pass, blocks=blocks))], power)
         return value.sum(), value
     return torch.compile(torch.func.grad_and_value(log_p, has_aux=True))
 
@@ -352,7 +347,8 @@ def joint_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str
            for m, decode in model.decoders.items()}
     weight = {m: max(dims.values()) / d if args.rescale else 1.0 for m, d in dims.items()}
     loss = sum(weight[m] * nll[m] for m in nll) + args.beta * kl
-    return loss, {"kl_joint_nats": kl.detach()} | {f"nll_{m}_nats": v.detach() for m, v in nll.items()}
+    terms = {"kl_joint": kl} | {f"nll_{m}": v for m, v in nll.items()}
+    return loss, {f"{name}_nats": v.detach() for name, v in terms.items()}
 
 
 def flow_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -372,24 +368,21 @@ def flow_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str,
 def contrastive_loss(codes: list[Tensor], tau: float) -> Tensor:
     """Stage S, InfoNCE on unit codes [b f], one a modality: mean over rows, sum over pairs.
 
-    The 2b codes of a pair of modalities are stacked; a row's positive is its partner, and every
-    other row, of both modalities, stands in the denominator.
+    Per pair the 2b codes are stacked; a row's positive is its partner, all other rows of both
+    modalities are in the denominator.
     """
     loss = codes[0].new_zeros(())
     for a, b in combinations(codes, 2):
         rows = torch.cat([a, b])                                           # [2b f]
-        logits = rows @ rows.T / tau - torch.diag(rows.new_full((len(rows),), torch.inf))
-        partner = torch.arange(len(rows), device=a.device).roll(len(a))
-        loss = loss + F.cross_entropy(logits, partner)
+        logits = (rows @ rows.T / tau).fill_diagonal_(-torch.inf)
+        loss = loss + F.cross_entropy(logits, torch.arange(len(rows)).roll(len(a)).to(a.device))
     return loss
 
 
 def dcca_loss(codes: list[Tensor], ridge: float = 1e-3, eps: float = 1e-9) -> Tensor:
-    """Stage S, deep CCA: minus the canonical correlations of codes [b f], b > f, over all pairs.
-
-    T = S11^-1/2 S12 S22^-1/2; correlations: roots of the eigenvalues of T'T + ridge I. The same
-    ridge stands on S11 and S22 (Andrew et al. 2013). float64 inside.
-    """
+    """Stage S, deep CCA (Andrew et al. 2013): minus the canonical correlations of codes [b f],
+    b > f, over all pairs: roots of the eigenvalues of T'T + ridge I, T = S11^-1/2 S12 S22^-1/2,
+    with the same ridge on S11 and S22; float64."""
     codes = [c.double() - c.double().mean(0) for c in codes]
     eye = torch.eye(codes[0].shape[1]).to(codes[0])
 
@@ -417,14 +410,12 @@ def hmc(log_prob, z: Tensor, n_steps: int, step_size: float, n_leapfrog: int, n_
         trace: list | None = None, value_and_grad=None) -> tuple[Tensor, Tensor]:
     """Hamiltonian Monte Carlo, H = -log_prob(z) + |momentum|^2 / 2, a chain for each row of z.
 
-    log_prob   [b d] -> [b] nats, unnormalised; rows must not interact
-    step_size  of the leapfrog, in units of scale [b d], the target's rough standard deviations;
-               each step draws it from step_size (1 +- jitter), which breaks periodic orbits
-    n_adapt    steps before the n_steps in which every chain tunes its own step size to
-               target_accept by dual averaging (Hoffman & Gelman 2014, Algorithm 5, gamma 0.2)
-    trace      list that gets z [b d] after each of the n_steps
-    value_and_grad  z -> (log_prob [b], its gradient [b d]), if there is a faster way than autograd
-    Returns    (z [b d], mean acceptance probability [] of the n_steps); the given z is not changed.
+    log_prob [b d] -> [b] nats, unnormalised; rows must not interact. step_size (1 +- jitter) is in
+    units of scale [b d], the target's rough standard deviations. In n_adapt steps before n_steps
+    every chain tunes its own step size to target_accept by dual averaging (Hoffman & Gelman 2014,
+    Algorithm 5, with gamma 0.2). trace: list that gets z [b d] after each of the n_steps.
+    value_and_grad: z -> (log_prob, gradient), where there is something faster than autograd.
+    Returns (z [b d], mean acceptance probability [] of the n_steps); the given z stays as it is.
     A proposal of non-finite energy is rejected; a start of non-finite density: FloatingPointError.
     """
     def autograd(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -491,29 +482,32 @@ def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, li
         return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
     posteriors = [model.posteriors[m] for m in observed]
     experts = [(*q["encoder"](model.code(x, m)), q["flow"]) for m, q in zip(observed, posteriors)]
-    several = len(observed) > 1
-    k = 16 if several and args.hmc_adapt else 1                            # draws an expert
+    official, s, b = args.sampler == "official", len(experts), len(x[observed[0]])
+    k = 1 if official or s == 1 else 16                                    # draws an expert
     draws = []
     for mu, log_var, flow in experts:
         u = mu + (0.5 * log_var).exp() * torch.randn(k, *mu.shape, device=mu.device)
-        draws.append(u if several and args.hmc_start == "base" else flow.inverse(u))
+        draws.append(u if official and s > 1 else flow.inverse(u))
     draws = torch.stack(draws)                                             # [s k b d]
-    if not several:
+    if s == 1:
         return draws[0, 0]
-    b = draws.shape[2]
-    start = draws[torch.randint(len(observed), (b,)), 0, torch.arange(b)]  # one expert a chain
-    scale, improper = product_scale(draws) if k > 1 else (1.0, None)
-    power = 1 if args.prior_exponent == "official" else len(observed) - 1
-    fixed = (*(torch.stack(p) for p in zip(*(e[:2] for e in experts))),
-             stack_flows([flow for _, _, flow in experts]), power)
-    z, accept_rate = hmc(lambda z: log_poe_stacked(z, *fixed), start, args.hmc_steps,
+    start = draws[torch.randint(s, (b,)), 0, torch.arange(b)]              # one expert a chain
+    scale, improper = product_scale(draws) if k > 1 else (1.0, draws.new_zeros(()))
+    mu, log_var, blocks = stack_experts(experts)
+    power = 1 if args.prior_exponent == "official" else s - 1
+    target = [(mu, log_var, partial(flow_pass, blocks=blocks))]
+
+    def compiled(z):
+        grad, (_, log_p) = compiled_gradient()(z, mu, log_var, blocks, power)
+        return log_p, grad
+
+    z, accept_rate = hmc(lambda z: log_poe(z, target, power), start, args.hmc_steps,
                          args.hmc_step_size, args.n_leapfrog, args.hmc_adapt, scale,
-                         jitter=0.2 if args.hmc_adapt else 0.0, trace=trace,
-                         value_and_grad=(lambda z: compiled_poe()(z, *fixed)) if args.compile
-                         else None)
-    for key, value in (("accept_rate", accept_rate), ("improper", improper)):
-        if stats is not None and value is not None:
-            stats.setdefault(key, []).append(value)
+                         jitter=0.0 if official else 0.2, trace=trace,
+                         value_and_grad=compiled if args.compile else None)
+    if stats is not None:
+        stats.setdefault("accept_rate", []).append(accept_rate)
+        stats.setdefault("improper", []).append(improper)
     return z
 
 
@@ -534,17 +528,18 @@ def validate(model: JNF, dataset: data.Dataset, loss_fn, args) -> dict[str, floa
     def metrics(x):
         loss, terms = loss_fn(model, x, args)
         return {"loss": loss} | terms
-    return common.mean_over(metrics, data.batches(dataset, args.eval_batch), seed=0)
+    batches = data.batches(dataset, args.eval_batch)
+    return common.mean_over(metrics, batches, next(model.parameters()).device)
 
 
 def with_frozen_features(model: JNF, dataset: data.Dataset, args) -> data.Dataset:
     """For stage U: the frozen nets run once over every image instead of once a step (D5)."""
-    heads = {m: data.encode(net, dataset.x[m]) for m, net in model.joint_heads.items()}
-    dataset = dataset.attach("head", heads)
-    if args.shared == "none":
-        return dataset
-    return dataset.attach("code", {m: data.encode(lambda x, m=m: model.code({m: x}, m), dataset.x[m])
-                                   for m in model.modalities})
+    heads, codes = {}, {}
+    for m, head in model.joint_heads.items():
+        heads[m] = data.encode(head, dataset.x[m])
+        if args.shared != "none":
+            codes[m] = data.encode(lambda x, m=m: model.code({m: x}, m), dataset.x[m])
+    return dataset.attach("head", heads).attach("code", codes)
 
 
 def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], args, run,
@@ -688,8 +683,8 @@ def draw_posteriors(model: JNF, given: dict[str, Tensor], args, run) -> None:
             flow = log_poe(z, [(*q["encoder"](model.code({m: xi}, m)), q["flow"])]).softmax(0)
             grids = [rearrange(v, "(a b) -> b a", a=200) for v in (p, gaussian, flow)]
             rows.append([xi[0], *grids])
-    common.save_panels(run.dir / "posteriors.png", rows,
-                       ["given", "p(z|x)", "best Gaussian", "flow"])
+    titles = ["given", "p(z|x)", "best Gaussian", "flow"]
+    common.save_densities(run.dir / "posteriors.png", rows, titles, reach=3.5)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

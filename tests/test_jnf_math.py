@@ -1,5 +1,6 @@
 """JNF's densities, losses, flow and sampler against closed forms and torch.distributions."""
 import argparse
+import functools
 import math
 
 import pytest
@@ -17,7 +18,7 @@ def identity(z):
 def random_maf(z_dim=5, n_blocks=2, hidden=16):
     torch.manual_seed(0)
     flow = jnf.MAF(z_dim, n_blocks, n_hidden=2, hidden=hidden).double()
-    for p in flow.parameters():                       # far from the identity
+    for p in flow.blocks.parameters():                # far from the identity
         torch.nn.init.normal_(p, std=0.4)
     return flow
 
@@ -35,10 +36,11 @@ def test_maf_inverse_and_jacobian(z_dim):
 
 
 def test_made_is_strictly_triangular_and_uses_every_input():
-    made = random_maf(6, 1).blocks[0]
+    layers = random_maf(6, 1).weights()[0]
     z = torch.randn(6, dtype=torch.float64)
     for output in (0, 1):
-        jacobian = torch.autograd.functional.jacobian(lambda a: made(a[None])[output][0], z)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda a: jnf.made(a[None], layers)[output][0], z)
         assert jacobian.triu().abs().max() == 0
         assert (jacobian.tril(-1).abs().sum(0)[:-1] > 0).all()      # all but the last feed something
 
@@ -47,7 +49,7 @@ def test_every_flow_parameter_gets_a_gradient_and_zero_blocks_is_the_identity():
     flow = random_maf()
     u, log_det = flow(torch.randn(9, 5, dtype=torch.float64))
     (u.square().sum() - log_det.sum()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.blocks.parameters())
     z = torch.randn(3, 4)
     u, log_det = jnf.MAF(4, 0)(z)
     assert torch.equal(u, z) and (log_det == 0).all() and torch.equal(jnf.MAF(4, 0).inverse(z), z)
@@ -89,14 +91,15 @@ def test_poe_of_gaussians_has_the_prior_exponent_s_minus_1(n_experts):
     assert torch.allclose(official, expected, atol=1e-4)
 
 
-def test_stacked_product_equals_the_plain_one():
-    experts = [(torch.randn(7, 5).double(), torch.randn(7, 5).double(), random_maf()),
-               (torch.randn(7, 5).double(), torch.randn(7, 5).double(), random_maf())]
-    experts[1][2].blocks[0].layers[0].weight.data.mul_(-1.3)
+def test_stacked_experts_equal_the_plain_product():
+    experts = [(torch.randn(7, 5).double(), torch.randn(7, 5).double(), random_maf())
+               for _ in range(3)]
+    for _, _, flow in experts[1:]:
+        flow.blocks[0][0].weight.data.mul_(-1.3)
     z = torch.randn(7, 5).double().requires_grad_(True)
-    mu, log_var = (torch.stack(p) for p in zip(*(e[:2] for e in experts)))
-    stacked = jnf.log_poe_stacked(z, mu, log_var, jnf.stack_flows([e[2] for e in experts]), 1)
-    plain = jnf.log_poe(z, experts)
+    mu, log_var, blocks = jnf.stack_experts(experts)
+    flow = functools.partial(jnf.flow_pass, blocks=blocks)
+    stacked, plain = jnf.log_poe(z, [(mu, log_var, flow)], 2), jnf.log_poe(z, experts)
     assert torch.allclose(stacked, plain, rtol=1e-9)
     grads = [torch.autograd.grad(p.sum(), z)[0] for p in (stacked, plain)]
     assert torch.allclose(*grads, rtol=1e-8)
@@ -295,9 +298,8 @@ def test_linear_gaussian_posteriors_are_recovered():
 
         def __init__(self):
             super().__init__()
-            args = argparse.Namespace(z_dim=1, std="exp")
             self.posteriors = torch.nn.ModuleDict({m: torch.nn.ModuleDict({
-                "encoder": jnf.GaussianHead(1, args), "flow": jnf.MAF(1, 0)}) for m in "pq"})
+                "encoder": jnf.GaussianHead(1, 1, "exp"), "flow": jnf.MAF(1, 0)}) for m in "pq"})
 
         def joint_encoder(self, x):
             return x["mu"], torch.full_like(x["mu"], math.log(joint_var))

@@ -1,14 +1,12 @@
 """Metrics, judges, chain diagnostics and the mixture, against closed forms and brute force."""
 import math
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from torch import nn
 
 import common
 
@@ -99,9 +97,10 @@ def naive_ess(chains):
 
 @pytest.mark.parametrize("rho, n", [(0.8, 60), (-0.6, 41), (0.0, 30)])
 def test_diagnostics_equal_the_textbook_loops(rho, n):
-    x = torch.stack([ar1(rho, n, 3), ar1(rho, n, 3) + torch.arange(3)], -1)     # [n 3 2]
-    halves = np.concatenate([x[:n // 2], x[-(n // 2):]], axis=1)                # [n/2 6 2]
-    for i in range(2):
+    x = torch.stack([ar1(rho, n, 3) for _ in range(12)], -1)                    # [n 3 12]
+    x[..., 0] += torch.arange(3)                                                # not mixed
+    halves = np.concatenate([x[:n // 2], x[-(n // 2):]], axis=1)                # [n/2 6 12]
+    for i in range(12):
         parts = list(halves[..., i].T)
         assert common.ess(x)[i].item() == pytest.approx(naive_ess(parts), rel=1e-9)
         assert common.ess(x[..., i]) == pytest.approx(naive_ess(parts), rel=1e-9)

@@ -37,8 +37,8 @@ PROGRAM = """
 import os, signal, sys, time
 from argparse import Namespace
 import torch, common
-args = Namespace(dataset="toy", seed=0, out_dir=sys.argv[1], device="cpu", resume=False, overwrite=False,
-                 eval_only=False, checkpoint=None, ckpt_minutes=5.0)
+args = Namespace(dataset="toy", seed=0, out_dir=sys.argv[1], device="cpu", resume=False,
+                 overwrite=False, eval_only=False, checkpoint=None, ckpt_minutes=5.0)
 def main():
     with common.open_run(args, "test_run.py", []) as run:
         {body}
@@ -55,8 +55,9 @@ def start(body, folder, **env):
 
 
 # ---- Command line -------------------------------------------------------------------------------
-@pytest.mark.parametrize("flag, text", [("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "2"),
-                                        ("--n", "-1"), ("--n", "1.5"), ("--n", "x")])
+@pytest.mark.parametrize("flag, text", [
+    ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "2"),
+    ("--n", "-1"), ("--n", "1.5"), ("--n", "x")])
 def test_number_refuses_what_is_out_of_range(flag, text, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=common.number(float, 0, 1, open_low=True))
@@ -70,8 +71,8 @@ def test_number_refuses_what_is_out_of_range(flag, text, capsys):
 
 
 @pytest.mark.parametrize("error, code", [
-    (common.RunError("bad flag"), 2), (FileNotFoundError("gone"), 1), (FloatingPointError("nan"), 1),
-    (KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+    (common.RunError("bad flag"), 2), (FileNotFoundError("gone"), 1),
+    (FloatingPointError("nan"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143)])
 def test_cli_turns_known_errors_into_a_line_and_a_code(error, code, capsys):
     def main():
         raise error
@@ -158,7 +159,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(open_run, tmp_path, capsys):
     assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, 9))
     result = json.loads((run.dir / "result.json").read_text())
     assert result["metrics"]["loss"] == logs[0][-1]["loss"] and result["metrics"]["r_hat"] is None
-    assert {"note", "n", "seed", "epochs", "minutes", "device", "torch", "command", "commit"} <= result.keys()
+    keys = {"note", "n", "seed", "epochs", "minutes", "device", "torch", "command", "commit"}
+    assert keys <= result.keys()
     assert result["command"] == "python test_run.py --seed 0"
     assert "loss" in capsys.readouterr().out.splitlines()[-1]
 
@@ -182,10 +184,20 @@ def test_a_file_that_is_no_checkpoint_is_named(open_run, tmp_path):
     torch.save({"script": "other", "format": 1}, bad)
     with pytest.raises(common.RunError, match="not a checkpoint of this"):
         run.load(bad)
-    state, before = run.load(restore_rng=False), torch.get_rng_state()
-    assert torch.equal(state["w"], torch.ones(100))
-    run.load(restore_rng=False)
+    run.args.eval_only = True                                  # takes the weights, not the noise
+    torch.rand(3)
+    before = torch.get_rng_state()
+    assert torch.equal(run.load()["w"], torch.ones(100))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_flags_that_differ_from_the_checkpoints_are_refused(open_run):
+    run = open_run(z_dim=3, hmc_steps=5)
+    run.save({})
+    run.args.ckpt_minutes, run.args.hmc_steps = 1.0, 9
+    run.load(free=("hmc_steps",))
+    with pytest.raises(common.RunError, match="--hmc_steps 5"):
+        run.load()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
@@ -236,7 +248,7 @@ def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypat
     run, now = open_run(ckpt_minutes=1.0), time.monotonic()
     for seconds in range(0, 61, 5):
         monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
-        run.progress("joint", 1, 2, seconds, 120, samples_per_s=12.3, loss=torch.tensor(0.5))
+        run.progress("joint", 1, 2, seconds, 120, 12, loss=torch.tensor(0.5))
     assert run.checkpoint_due()
     run.save({})
     assert not run.checkpoint_due()
@@ -244,7 +256,7 @@ def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypat
     assert len(lines) == 5                                     # at 0, 15, 30, 45, 60 s
     assert lines[2] == "joint  epoch 1/2  step 30/120  loss 0.5  12/s  ETA 1.5 min"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    run.progress("flow", 1, 2, 1, 9)
+    run.progress("flow", 1, 2, 1, 9, 12)
     run.say("done")
     assert capsys.readouterr().out == "\r\x1b[Kflow  epoch 1/2  step 1/9\r\x1b[Kdone\n"
 
@@ -260,13 +272,15 @@ def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
         assert run.checkpoint_due() and run.stop_requested == signal.SIGTERM
         run.log(step=1, rank=run.rank)
         run.save({"rank": run.rank})
-        assert run.load()["rank"] == 0
         dist = torch.distributed
+        dist.barrier()
+        assert run.load()["rank"] == 0
         noise = [torch.zeros(1), torch.zeros(1)]
         dist.all_gather(noise, torch.randn(1))
         assert noise[0] != noise[1]
         run.stop()"""
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 50000))}
+    port = str(random.randint(20_000, 50_000))
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [start(body, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
     said = [process.communicate(timeout=60) for process in ranks]
     assert [process.returncode for process in ranks] == [143, 143], said

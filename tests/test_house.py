@@ -1,0 +1,71 @@
+"""The rules of the repository that a program can check."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [ROOT / f"{name}.py" for name in ("jnf", "sbm_vae", "latent_ebm_prior", "joint_layer_ebm",
+                                            "ebm_revision") if (ROOT / f"{name}.py").exists()]
+BANNERS = ["Config", "Networks", "Densities", "Sampler", "Training", "Evaluation", "Main"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_a_script_stands_alone(path):
+    text, names = path.read_text(), {p.stem for p in SCRIPTS} - {path.stem}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported = [a.name for a in node.names] + [getattr(node, "module", None)]
+            assert not names & set(imported)
+    core = text[text.index("# ---- Networks"):text.index("# ---- Training")]
+    assert not re.search(r"\b(common|data)\.", core), "networks .. sampler need torch and einops only"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_banners_stand_in_house_order(path):
+    found = re.findall(r"^# ---- (\w+)", path.read_text(), re.M)
+    assert found == BANNERS
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_every_flag_is_read_somewhere(path):
+    text = path.read_text()
+    flags = re.findall(r'flag\("--(\w+)"', text)
+    assert flags and all(re.search(rf"args\.{flag}\b|\"{flag}\"|\b{flag}=", text) for flag in flags)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("tests/*.py")),
+                         ids=lambda p: p.name)
+def test_style(path):
+    text = path.read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    if path.parent == ROOT:
+        bad = ("type=" "bool", ".cu" "da()", "nan_to" "_num", "except Ex" "ception", "except" ":")
+        assert not [word for word in bad if word in text]
+
+
+def test_help_says_the_preset_values():
+    done = subprocess.run([sys.executable, "jnf.py", "--dataset", "polymnist", "--help"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "(default: 128)" in done.stdout and "resnet" in done.stdout
+
+
+def test_readme_tables_are_those_of_the_results():
+    done = subprocess.run([sys.executable, "results/tables.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run: python results/tables.py"
+
+
+def test_readme_begins_with_the_two_commands():
+    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    assert block.splitlines() == ["python jnf.py", "python -m pytest -q tests"]
+
+
+def test_readme_example_of_own_data_trains(tmp_path):
+    code = re.search(r"```python\n(import numpy.*?)```", (ROOT / "README.md").read_text(), re.S)
+    subprocess.run([sys.executable, "-c", code.group(1)], cwd=tmp_path, check=True)
+    import data
+    train = data.load("paired", "train", tmp_path)
+    assert train.shapes == {"left": (1, 28, 28), "right": (3, 32, 32)} and train.y is not None
