@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -797,9 +798,10 @@ class Run:
             with atomic_write(self.dir / "result.json") as file:
                 file.write(json.dumps(result, indent=1).encode())
             plot_curves(self.dir / "curves.png", self.dir / "metrics.jsonl")
-        main = [key for key in metrics if key.startswith(("coherence_", "judge_"))]
-        self.say("  ".join(f"{key} {metrics[key]:.3f}" for key in main or metrics)
-                 + f"\n{self.wall_s() / 60:.1f} minutes; everything else is in {self.dir}")
+        main = [key for key in metrics
+                if re.match("coherence_(joint|cross)|coherence_[^+]+_to|judge_", key)]
+        self.say(f"{self.wall_s() / 60:.1f} minutes; all metrics are in {self.dir}/result.json")
+        self.say("  ".join(f"{key} {metrics[key]:.3f}" for key in main or metrics))
         return metrics
 
     def close(self) -> None:

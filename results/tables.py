@@ -1,8 +1,8 @@
 """Rewrites the tables of README.md from results/**/result.json:  python results/tables.py [--check]
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. Each row is one variant: the mean and,
-with two seeds or more, the standard deviation over its seeds. --check changes nothing and exits with 1
-if README.md differs.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. Each row is one variant: the mean
+and, with two seeds or more, the standard deviation over its seeds. --check changes nothing and
+exits with 1 if README.md differs.
 """
 import json
 import statistics
@@ -27,7 +27,8 @@ def cell(results: list[dict], metric: str) -> str:
 
 
 def table(folder: str, columns: list[tuple[str, str]]) -> str:
-    head = ["data set", "variant", *(name for name, _ in columns), "seeds", "n", "minutes", "device"]
+    head = ["data set", "variant", *(name for name, _ in columns)]
+    head += ["seeds", "n", "minutes", "device"]
     rows = ["| " + " | ".join(head) + " | command |", "|" + "---|" * (len(head) + 1)]
     variants: dict[tuple[str, str], list[dict]] = {}
     for path in sorted((ROOT / "results" / folder).glob("*/*/*/result.json")):

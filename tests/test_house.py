@@ -21,7 +21,7 @@ def test_a_script_stands_alone(path):
             imported = [a.name for a in node.names] + [getattr(node, "module", None)]
             assert not names & set(imported)
     core = text[text.index("# ---- Networks"):text.index("# ---- Training")]
-    assert not re.search(r"\b(common|data)\.", core), "networks .. sampler need torch and einops only"
+    assert not re.search(r"\b(common|data)\.", core), "these need torch and einops only"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

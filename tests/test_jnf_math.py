@@ -42,7 +42,7 @@ def test_made_is_strictly_triangular_and_uses_every_input():
         jacobian = torch.autograd.functional.jacobian(
             lambda a: jnf.made(a[None], layers)[output][0], z)
         assert jacobian.triu().abs().max() == 0
-        assert (jacobian.tril(-1).abs().sum(0)[:-1] > 0).all()      # all but the last feed something
+        assert (jacobian.tril(-1).abs().sum(0)[:-1] > 0).all()      # all but the last are used
 
 
 def test_every_flow_parameter_gets_a_gradient_and_zero_blocks_is_the_identity():
@@ -171,7 +171,8 @@ def test_dcca_counts_correlated_directions():
     torch.manual_seed(0)
     common, noise = torch.randn(4000, 2), torch.randn(2, 4000, 2)
     mix = [torch.linalg.qr(torch.randn(4, 4))[0] for _ in range(2)]
-    a, b = (torch.cat([common, n], 1) * torch.tensor([1, 2, 3, 1.0]) @ m for n, m in zip(noise, mix))
+    size = torch.tensor([1, 2, 3, 1.0])
+    a, b = (torch.cat([common, n], 1) * size @ m for n, m in zip(noise, mix))
     assert abs(jnf.dcca_loss([a, b]) + 2) < 0.12      # two shared directions; the ridge adds a bit
     assert abs(jnf.dcca_loss([a, b], ridge=1e-8) + 2) < 0.06
     assert jnf.dcca_loss([a, b, a]) < jnf.dcca_loss([a, b]) - 2      # pairs are summed
