@@ -48,7 +48,7 @@ import data
 
 # ---- Config --------------------------------------------------------------------------------------
 # Values of the authors' runs where those are known, else ours (README: what the presets are).
-SYNTH = dict(epochs_shared=5, epochs_joint=15, epochs_flow=15)
+SYNTH = dict(epochs_shared=5, epochs_joint=15, epochs_flow=10)
 POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30)
 PRESETS = {
     "synth_mnist_svhn": SYNTH,
