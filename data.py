@@ -439,7 +439,8 @@ def _official_polymnist(folder: Path, names: list[str]) -> tuple[dict[str, Tenso
 def _synthetic(name: str, split: str, data_dir: Path, n: int | None, n_modalities: int,
                seed: int) -> Dataset:
     """A pure function of (name, split, n, seed), kept in <data_dir>/synthetic if that can be
-    written. 30,000 tuples: about 10 s and 115 MB for synth_mnist_svhn, 16 s and 350 MB for synth_polymnist, on one core."""
+    written. 30,000 tuples on one core: synth_mnist_svhn about 10 s, 115 MB; synth_polymnist about
+    16 s, 350 MB."""
     _require(2 <= n_modalities <= 16, f"n_modalities must lie in 2..16, not {n_modalities}")
     names = SYNTHETIC[name][:n_modalities]
     n = n or (5_000 if split == "test" else 30_000)
