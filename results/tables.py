@@ -45,9 +45,9 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text()
     for name, (folder, columns) in TABLES.items():
-        start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         before, rest = text.split(start)
-        text = before + start + table(folder, columns) + end + rest.split(end, 1)[1]
+        text = before + start + table(folder, columns) + "\n" + end + rest.split(end, 1)[1]
     if "--check" in sys.argv:
         return int(text != old)
     readme.write_text(text)
