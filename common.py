@@ -879,6 +879,10 @@ def _claim(run: Run) -> None:
     except BlockingIOError:
         raise RunError(f"{run.dir} is in use by another process") from None
     args = run.args
+    if args.overwrite and (args.resume or args.eval_only):
+        raise RunError("--overwrite would delete what --resume and --eval_only need: give one")
+    if args.checkpoint and not (args.resume or args.eval_only):
+        raise RunError("--checkpoint needs --resume or --eval_only")
     for old in [*run.dir.glob(".*.tmp"), *(run.dir / name for name in RUN_FILES if args.overwrite)]:
         old.unlink(missing_ok=True)
     used = {file.name for file in run.dir.iterdir()} - {".lock", "config.json", "source.py"}

@@ -240,6 +240,9 @@ def test_folders_and_checkpoints(paired, monkeypatch, capsys):
     assert code == 2 and "--overwrite" in error
     code, error = exit_of(flags(paired, "--resume", "--beta", "1"), monkeypatch, capsys)
     assert code == 2 and "--beta" in error
+    for clash in (["--eval_only", "--overwrite"], ["--checkpoint", str(checkpoint)]):
+        code, error = exit_of(flags(paired, *clash), monkeypatch, capsys)
+        assert code == 2 and clash[0] in error and checkpoint.read_bytes() == good
     other = dict(torch.load(checkpoint, weights_only=True), script="sbm_vae")
     torch.save(other, paired / "other.pt")
     (paired / "cut.pt").write_bytes(good[:len(good) // 2])
