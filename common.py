@@ -668,7 +668,7 @@ class Run:
         self.stop_requested = self._signal = 0                              # the signal's number
         self._start = self._saved = time.monotonic()
         self._stage = self._lock = self._log = None
-        self._handlers, self._about = {}, {}
+        self._handlers, self._about, self.rollbacks = {}, {}, 0
 
     def __enter__(self):
         return self
@@ -749,7 +749,7 @@ class Run:
                 torch.save({"script": self.script, "format": 1, "state": state, "rng": rng,
                             "flags": json.dumps(vars(self.args), default=str),
                             "log_bytes": log.stat().st_size if log.exists() else 0,
-                            "wall_s": self.wall_s()}, file)
+                            "rollbacks": self.rollbacks, "wall_s": self.wall_s()}, file)
 
     def load(self, path=None, free: tuple[str, ...] = ()) -> dict:
         """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none.
@@ -768,6 +768,7 @@ class Run:
                 raise RunError(f"{path} was made with --{flag} {value}, not {given.get(flag)}: "
                                "give the same flags, or train anew with another --out_dir")
         if not self.args.eval_only:
+            self.rollbacks = kept.get("rollbacks", 0)
             random.setstate(kept["rng"]["python"])
             np.random.set_state(kept["rng"]["numpy"])
             torch.set_rng_state(kept["rng"]["torch"])
@@ -780,6 +781,20 @@ class Run:
                 if self.rank == 0 and log.exists():
                     os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
         return kept["state"]
+
+    def rollback(self, reason: str) -> dict:
+        """The last checkpoint's state, with fresh noise, after chains diverged: a line of
+        metrics.jsonl. At the fourth time, or with nothing saved, FloatingPointError(reason).
+
+        All ranks must call it together; the caller loads the state and lowers a learning rate.
+        """
+        self.rollbacks, path = self.rollbacks + 1, self.dir / "checkpoint.pt"
+        if self.rollbacks > 3 or not path.exists():
+            raise FloatingPointError(f"{reason}, after {self.rollbacks - 1} rollbacks")
+        self.log(event="rollback", reason=reason, count=self.rollbacks)
+        self.say(f"{reason}: back to the last checkpoint, time {self.rollbacks} of 3")
+        torch.manual_seed(self.args.seed + 10**6 * self.rollbacks + self.rank)
+        return _read(path)["state"]
 
     def stop(self) -> None:
         """Leave after a signal, once saved: SystemExit 130 (Ctrl-C) or 143 (SIGTERM)."""

@@ -286,3 +286,23 @@ def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
     assert [process.returncode for process in ranks] == [143, 143], said
     log = (tmp_path / "test_run" / "toy" / "0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["rank"] for line in log] == [0] and said[1][0] == ""
+
+
+def test_rollback_returns_the_last_checkpoint_three_times_then_stops(open_run, tmp_path):
+    run = open_run()
+    with pytest.raises(FloatingPointError, match="gap 9.*after 0 rollbacks"):
+        open_run(seed=1).rollback("gap 9")
+    run.save({"step": 7})
+    noise = []
+    for count in (1, 2, 3):
+        assert run.rollback("gap 9") == {"step": 7}
+        noise.append(torch.randn(()).item())
+    assert len(set(noise)) == 3, "every retry has noise of its own"
+    rows = [json.loads(row) for row in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["event"], row["count"]) for row in rows] == [("rollback", k) for k in (1, 2, 3)]
+    run.save({"step": 8})
+    run.close()
+    resumed = open_run(resume=True)
+    assert resumed.load() == {"step": 8} and resumed.rollbacks == 3
+    with pytest.raises(FloatingPointError, match="gap 9, after 3 rollbacks"):
+        resumed.rollback("gap 9")
