@@ -544,9 +544,9 @@ def _house_numbers(y: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _texture(m: int) -> Tensor:
-    """The background of modality m, [3 256 256] uint8: wide bent bands of a dark colour and, a third
-    of the way, its inverse, with a faint ripple. Most crops lie in one band. With two colours that
-    are not inverse a linear classifier of the pixels would see every digit."""
+    """The background of modality m, [3 256 256] uint8: wide bent bands of a dark colour and, a
+    third of the way, its inverse, with a faint ripple. Most crops lie in one band. With colours
+    that are not inverse to each other a linear classifier of the pixels would see every digit."""
     direction, hue = 2.4 * m, 0.62 * m                          # radians, turns; spread over m
     axis = torch.arange(256.0)
     along = axis * math.cos(direction) + axis[:, None] * math.sin(direction)
