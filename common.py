@@ -465,6 +465,19 @@ def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[st
         for m, x in given.items()])
 
 
+def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4) -> None:
+    """samples.png: 16 joint samples; cross.png: k draws of all modalities given each single one.
+
+    sample and generate as for coherence_joint and coherence_cross; given {m: [r c h w]}.
+    """
+    save_joint_grid(Path(folder) / "samples.png", sample(16))
+    cross = {}
+    for m, x in given.items():
+        images = generate({m: x.repeat_interleave(k, 0)}, list(given))
+        cross[m] = {t: rearrange(v, "(r k) ... -> r k ...", k=k) for t, v in images.items()}
+    save_cross_grid(Path(folder) / "cross.png", given, cross)
+
+
 def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: float) -> None:
     """PNG of rows that begin with an image [c h w]; then densities [y x] on [-reach, reach]^2."""
     def draw(cell):

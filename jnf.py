@@ -10,8 +10,8 @@ Model       p(z) = N(0, I),  p(x_j|z) = Laplace or Normal around a decoder's mea
             q_j(z|x_j) = N(T_j(z); mu_j(x_j), diag sigma_j(x_j)^2) |det dT_j/dz|
                          T_j: masked autoregressive flow (MAF), not conditioned on x_j
             q(z|x_S)   proportional to  p(z)^(1-|S|) * prod_{j in S} q_j(z|x_j)
-Symbols     z [b d] latent, u = T_j(z) flow base, log_det = log|det du/dz|, S observed modalities,
-            lambda_j likelihood weights, beta KL weight, g_j projectors, tau temperature
+Symbols     z [b d] latent, u = T_j(z), log_det = log|det du/dz|, S observed modalities, g_j
+            projectors, lambda_j likelihood weights, beta KL weight, tau temperature
 
 Algorithm
   S  (JNF-Shared only) projectors g_j by contrastive learning or deep CCA, frozen afterwards
@@ -26,16 +26,16 @@ Usage
   python jnf.py --shared contrastive                     JNF-Shared;  results: README.md
 
 Deviations from the authors' public code
-  D1 the prior's exponent is |S|-1 for every |S| (theirs: 1; --prior_exponent official)
-  D2 chains start at draws from one expert, through the inverse flow (theirs skip the inverse)
-  D3 HMC tunes a step size for each chain and is preconditioned (--sampler official: theirs)
+  D1 the prior's exponent is |S|-1 (theirs: 1; --prior_exponent official)
+  D2 chains start at a draw from one expert, through the inverse flow (theirs skip the inverse)
+  D3 HMC tunes a step size a chain and is preconditioned (--sampler official: theirs)
   D4 MNIST-SVHN pairs are drawn anew each epoch; validation shares no image with training
-  D5 stages are explicit; frozen nets are in eval mode and run once, not in each step
+  D5 frozen nets are in eval mode and run once, not in each step
 """
 import argparse
 import math
 from functools import cache, partial
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import torch
@@ -47,21 +47,22 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-# Values of the authors' runs where those are known, else ours (README: what the presets are).
+# The authors' values where known, else ours: README, JNF in detail.
 SYNTH = dict(epochs_shared=5, epochs_joint=15, epochs_flow=10)
-POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30)
+POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30, n_leapfrog=25)
 PRESETS = {
     "synth_mnist_svhn": SYNTH,
-    "synth_polymnist": dict(SYNTH, z_dim=32, net="conv", beta=1.0, rescale=False),
+    "synth_polymnist": dict(SYNTH, z_dim=32, net="conv", rescale=False, n_leapfrog=25),
     "mnist_svhn": dict(pairings=5, epochs_shared=150),
     "polymnist": POLY,
     "translated_polymnist": dict(POLY, z_dim=200, std="softplus", plateau=0, flow_hidden=256,
                                  epochs_shared=80, epochs_joint=150, epochs_flow=150),
-    "shapes": dict(z_dim=2, decoder_dist="normal", decoder_scale=1.0, beta=1.0,
-                   epochs_joint=15, epochs_flow=15), "paired": {}}
-SHARED = {"polymnist": dict(common_dim=64, shared_layers=2, batch_size=64, epochs_joint=200,
-                            epochs_flow=200),
-          "translated_polymnist": dict(common_dim=64, shared_layers=2)}        # on top of PRESETS
+    "shapes": dict(z_dim=2, decoder_dist="normal", decoder_scale=1.0, beta=1.0, epochs_joint=15,
+                   epochs_flow=15),
+    "paired": {}}
+TWO_LAYERS = dict(common_dim=64, shared_layers=2)
+SHARED = {"translated_polymnist": TWO_LAYERS,                              # on top of PRESETS
+          "polymnist": dict(TWO_LAYERS, batch_size=64, epochs_joint=200, epochs_flow=200)}
 OFFICIAL_HMC = dict(hmc_steps=100, hmc_adapt=0, hmc_step_size=0.01, n_leapfrog=10,
                     prior_exponent="official")
 INFERENCE_FLAGS = (*OFFICIAL_HMC, "sampler", "latent_prior", "gmm_components")  # not for training
@@ -120,13 +121,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        c_mid = min(c_in, c_out)
-        self.conv1, self.conv2 = nn.Conv2d(c_in, c_mid, 3, 1, 1), nn.Conv2d(c_mid, c_out, 3, 1, 1)
+        c_mid, lrelu = min(c_in, c_out), nn.LeakyReLU(0.2)
+        self.body = nn.Sequential(lrelu, nn.Conv2d(c_in, c_mid, 3, 1, 1),
+                                  lrelu, nn.Conv2d(c_mid, c_out, 3, 1, 1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.leaky_relu(x, 0.2))
-        return self.shortcut(x) + 0.1 * self.conv2(F.leaky_relu(h, 0.2))
+        return self.shortcut(x) + 0.1 * self.body(x)
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -137,11 +138,9 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 def autoencoder(shape: tuple[int, ...], net: str, z_dim: int) -> tuple[nn.Module, int, nn.Module]:
     """(encoder body [b c h w] -> [b f], f, decoder [b d] -> mean image [b c h w]) of the authors.
-
-    auto: conv for colour images of 28 x 28 or 32 x 32, else mlp. ValueError if the net has no
-    version for the shape (resnet: 28 x 28 only).
-    """
-    (c, h, w), up, small = shape, nn.ConvTranspose2d, shape[1:] in ((28, 28), (32, 32))
+    auto: conv for small colour images, else mlp. ValueError if a net is not made for the shape."""
+    (c, h, w), small = shape, shape[1:] in ((28, 28), (32, 32))
+    conv, up, relu = nn.Conv2d, nn.ConvTranspose2d, nn.ReLU()
     if net == "auto":
         net = "conv" if c == 3 and small else "mlp"
     if net == "mlp":
@@ -151,25 +150,25 @@ def autoencoder(shape: tuple[int, ...], net: str, z_dim: int) -> tuple[nn.Module
         return nn.Sequential(nn.Flatten(), mlp(c * h * w, *hidden)), hidden[-1], decoder
     if net == "conv" and small:
         k = 4 if h == 32 else 3
-        body = nn.Sequential(nn.Conv2d(c, 32, k, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, k, 2, 1),
-                             nn.ReLU(), nn.Conv2d(64, 128, k, 2, 1), nn.ReLU(), nn.Flatten())
+        body = nn.Sequential(conv(c, 32, k, 2, 1), relu, conv(32, 64, k, 2, 1), relu,
+                             conv(64, 128, k, 2, 1), relu, nn.Flatten())
         if h == 32:
-            decoder = nn.Sequential(nn.Unflatten(1, (z_dim, 1, 1)), up(z_dim, 128, 4), nn.ReLU(),
-                                    up(128, 64, 4, 2, 1), nn.ReLU(), up(64, 32, 4, 2, 1),
-                                    nn.ReLU(), up(32, c, 4, 2, 1), nn.Sigmoid())
+            decoder = nn.Sequential(nn.Unflatten(1, (z_dim, 1, 1)), up(z_dim, 128, 4), relu,
+                                    up(128, 64, 4, 2, 1), relu, up(64, 32, 4, 2, 1), relu,
+                                    up(32, c, 4, 2, 1), nn.Sigmoid())
         else:
             decoder = nn.Sequential(mlp(z_dim, 2048), nn.Unflatten(1, (128, 4, 4)),
-                                    up(128, 64, 3, 2, 1), nn.ReLU(), up(64, 32, 3, 2, 1, 1),
-                                    nn.ReLU(), up(32, c, 3, 2, 1, 1))
+                                    up(128, 64, 3, 2, 1), relu, up(64, 32, 3, 2, 1, 1), relu,
+                                    up(32, c, 3, 2, 1, 1))
         return body, 128 * 4 * 4, decoder
     if net == "resnet" and (h, w) == (28, 28):
-        body = nn.Sequential(nn.Conv2d(c, 64, 3, 1, 1), ResBlock(64, 64), nn.AvgPool2d(3, 2, 1),
-                             ResBlock(64, 128), nn.AvgPool2d(3, 2, 1), ResBlock(128, 256),
-                             nn.Flatten())
+        pool = nn.AvgPool2d(3, 2, 1)
+        body = nn.Sequential(conv(c, 64, 3, 1, 1), ResBlock(64, 64), pool, ResBlock(64, 128),
+                             pool, ResBlock(128, 256), nn.Flatten())
         decoder = nn.Sequential(nn.Linear(z_dim, 256 * 7 * 7), nn.Unflatten(1, (256, 7, 7)),
                                 ResBlock(256, 128), nn.Upsample(scale_factor=2),
                                 ResBlock(128, 64), nn.Upsample(scale_factor=2), ResBlock(64, 64),
-                                nn.LeakyReLU(0.2), nn.Conv2d(64, c, 3, 1, 1))
+                                nn.LeakyReLU(0.2), conv(64, c, 3, 1, 1))
         return body, 256 * 7 * 7, decoder
     raise ValueError(f"--net {net} is not made for images of {shape}; use --net mlp")
 
@@ -188,9 +187,7 @@ class GaussianHead(nn.Module):
 
 def made(z: Tensor, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Masked MLP (Germain et al. 2015): shift_i and log_scale_i, [b d], see z_1 .. z_(i-1) only.
-
-    layers: masked weights (w [i o], b [o]); or those of s nets, (w [s i o], b [s 1 o]), for which
-    z and the outputs are [s b d].
+    layers: masked weights (w [i o], b [o]); of s nets (w [s i o], b [s 1 o]), then all is [s b d].
     """
     for i, (w, b) in enumerate(layers):
         z = (z.relu() if i else z) @ w + b
@@ -226,7 +223,7 @@ class MAF(nn.Module):
                 for block in self.blocks]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z [b d] -> (u [b d], log_det [b]): one pass a block."""
+        """z [b d] -> (u [b d], log_det [b])."""
         return flow_pass(z, self.weights())
 
     @torch.no_grad()
@@ -242,11 +239,8 @@ class MAF(nn.Module):
 
 
 class JNF(nn.Module):
-    """All nets of the paper for images of shapes {modality: (c, h, w)}.
-
-    joint_heads, joint_trunk: q(z|X).  decoders.  projectors: g_j, JNF-Shared only.
-    posteriors: for each modality an encoder of the base (mu_j, log_var_j) and the flow T_j.
-    """
+    """The paper's nets for images of shapes {modality: (c, h, w)}. joint_heads and joint_trunk:
+    q(z|X). projectors: g_j (JNF-Shared). posteriors: encoders of (mu_j, log_var_j), flows T_j."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
         super().__init__()
@@ -287,7 +281,8 @@ class JNF(nn.Module):
 
 
 # ---- Densities and losses ------------------------------------------------------------------------
-# Log-densities are [b], in nats, summed over features; losses are means over the batch.
+# Log-densities are [b], in nats, summed over features. The loss of a stage is a dictionary of
+# scalars, means over the batch: what is minimised is "loss", the others are detached.
 def log_normal(z: Tensor, mu: Tensor | float = 0.0, log_var: Tensor | float = 0.0) -> Tensor:
     """log N(z; mu, diag exp(log_var)), constants kept: [b d] -> [b]."""
     log_var = torch.as_tensor(log_var, dtype=z.dtype, device=z.device)
@@ -306,9 +301,8 @@ def log_lik(x: Tensor, mean: Tensor, dist: str, scale: float) -> Tensor:
 def log_poe(z: Tensor, posteriors: list[tuple], prior_power: float | None = None) -> Tensor:
     """Product of experts: sum_{j in S} log q_j(z|x_j) - (|S|-1) log N(z; 0, I); [b d] -> [b].
 
-    posteriors: (mu_j [b d], log_var_j [b d], flow_j) for each j in S, flow_j(z) = (u, log_det).
-    mu and log_var do not depend on z: encode once, outside the chain. Unnormalised if |S| > 1.
-    An entry may also hold s experts, mu and log_var [s b d]; then give prior_power = |S|-1.
+    posteriors: (mu_j [b d], log_var_j [b d], flow_j) for each j in S, flow_j(z) = (u, log_det); or
+    one entry of s stacked experts, [s b d], and prior_power = |S|-1. Unnormalised if |S| > 1.
     """
     power = len(posteriors) - 1 if prior_power is None else prior_power
     log_p = -power * log_normal(z)
@@ -319,8 +313,8 @@ def log_poe(z: Tensor, posteriors: list[tuple], prior_power: float | None = None
 
 
 def stack_experts(experts: list[tuple]) -> tuple[Tensor, Tensor, list]:
-    """(mu_j, log_var_j, MAF_j) of one size -> mu [s b d], log_var [s b d], the flows' weights: one
-    batched product a layer for all experts, masks multiplied in once. What HMC runs on."""
+    """(mu_j, log_var_j, MAF_j) -> mu [s b d], log_var [s b d], weights of all flows, masked: HMC
+    needs one batched product a layer."""
     mu, log_var, flows = zip(*experts)
     blocks = [[(torch.stack([w for w, _ in layers]), torch.stack([b for _, b in layers])[:, None])
                for layers in zip(*block)] for block in zip(*(flow.weights() for flow in flows))]
@@ -336,7 +330,7 @@ def compiled_gradient():
     return torch.compile(torch.func.grad_and_value(log_p, has_aux=True))
 
 
-def joint_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
+def joint_loss(model: JNF, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     """Stage J: -sum_j lambda_j log p(x_j|z) + beta KL(q(z|X) || N(0, I)), one z ~ q(z|X).
     lambda_j = max_k dim_k / dim_j with --rescale: a small image counts as much as a large one."""
     mu, log_var = model.joint_encoder(x)
@@ -347,11 +341,11 @@ def joint_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str
            for m, decode in model.decoders.items()}
     weight = {m: max(dims.values()) / d if args.rescale else 1.0 for m, d in dims.items()}
     loss = sum(weight[m] * nll[m] for m in nll) + args.beta * kl
-    terms = {"kl_joint": kl} | {f"nll_{m}": v for m, v in nll.items()}
-    return loss, {f"{name}_nats": v.detach() for name, v in terms.items()}
+    terms = {f"nll_{m}_nats": v.detach() for m, v in nll.items()}
+    return {"loss": loss, "kl_joint_nats": kl.detach()} | terms
 
 
-def flow_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
+def flow_loss(model: JNF, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     """Stage U: -sum_j log q_j(z|x_j), z ~ q(z|X) fixed; up to q's entropy sum_j KL(q || q_j)."""
     with torch.no_grad():
         mu, log_var = (p.float() for p in model.joint_encoder(x))
@@ -362,15 +356,13 @@ def flow_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str,
         mu, log_var = (p.float() for p in q["encoder"](model.code(x, m)))
         with torch.autocast(z.device.type, enabled=False):                 # flows stay fp32
             nll[m] = -log_poe(z, [(mu, log_var, q["flow"])]).mean()
-    return sum(nll.values()), {f"kl_{m}_nats": v.detach() + log_q for m, v in nll.items()}
+    kl = {f"kl_{m}_nats": v.detach() + log_q for m, v in nll.items()}
+    return {"loss": sum(nll.values())} | kl
 
 
 def contrastive_loss(codes: list[Tensor], tau: float) -> Tensor:
-    """Stage S, InfoNCE on unit codes [b f], one a modality: mean over rows, sum over pairs.
-
-    Per pair the 2b codes are stacked; a row's positive is its partner, all other rows of both
-    modalities are in the denominator.
-    """
+    """Stage S, InfoNCE on unit codes [b f], one a modality: mean over rows, sum over pairs. A row's
+    positive is its partner; all other 2b - 1 rows of both modalities are in the denominator."""
     loss = codes[0].new_zeros(())
     for a, b in combinations(codes, 2):
         rows = torch.cat([a, b])                                           # [2b f]
@@ -397,11 +389,11 @@ def dcca_loss(codes: list[Tensor], ridge: float = 1e-3, eps: float = 1e-9) -> Te
     return loss
 
 
-def shared_loss(model: JNF, x: dict[str, Tensor], args) -> tuple[Tensor, dict[str, Tensor]]:
+def shared_loss(model: JNF, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     """Stage S of JNF-Shared on the codes g_j(x_j)."""
     codes = [model.code(x, m).float() for m in model.modalities]
-    loss = contrastive_loss(codes, args.tau) if args.shared == "contrastive" else dcca_loss(codes)
-    return loss, {}
+    contrastive = args.shared == "contrastive"
+    return {"loss": contrastive_loss(codes, args.tau) if contrastive else dcca_loss(codes)}
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
@@ -412,11 +404,10 @@ def hmc(log_prob, z: Tensor, n_steps: int, step_size: float, n_leapfrog: int, n_
 
     log_prob [b d] -> [b] nats, unnormalised; rows must not interact. step_size (1 +- jitter) is in
     units of scale [b d], the target's rough standard deviations. In n_adapt steps before n_steps
-    every chain tunes its own step size to target_accept by dual averaging (Hoffman & Gelman 2014,
-    Algorithm 5, with gamma 0.2). trace: list that gets z [b d] after each of the n_steps.
-    value_and_grad: z -> (log_prob, gradient), where there is something faster than autograd.
-    Returns (z [b d], mean acceptance probability [] of the n_steps); the given z stays as it is.
-    A proposal of non-finite energy is rejected; a start of non-finite density: FloatingPointError.
+    every chain tunes its own to target_accept by dual averaging (Hoffman & Gelman 2014, Algorithm
+    5, gamma 0.2). trace: a list that gets z of each of the n_steps. value_and_grad: z -> (log_prob,
+    gradient), if there is something faster than autograd. Returns (new z, mean acceptance [] of the
+    n_steps). Proposals of non-finite energy are rejected; FloatingPointError for such a start.
     """
     def autograd(z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -459,11 +450,9 @@ def hmc(log_prob, z: Tensor, n_steps: int, step_size: float, n_leapfrog: int, n_
 
 
 def product_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaussian guess of a product's width from draws [s k b d] of its s experts.
-
-    precision = sum_j 1/var_j - (s-1). Returns standard deviations [b d], at most 1 as the prior's,
-    and the share [] of negative precisions, where expert product / prior^(s-1) is not integrable.
-    """
+    """Gaussian guess of a product's width from draws [s k b d] of its s experts: precision =
+    sum_j 1/var_j - (s-1). Returns standard deviations [b d], at most the prior's, and the share []
+    of negative precisions, where the product is improper (not integrable)."""
     precision = (1 / draws.var(1).clamp_min(1e-6)).sum(0) - (len(draws) - 1)
     return precision.clamp_min(1.0).rsqrt(), (precision <= 0).float().mean()
 
@@ -471,11 +460,9 @@ def product_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, list] | None = None,
                      product: bool = False, trace: list | None = None) -> Tensor:
-    """z ~ q(z|x_S) [b d] given images of any non-empty subset S, x = {modality: [b c h w]}.
-
-    All modalities: the joint encoder (product=True: their product of experts). One: the flow's
-    inverse. Otherwise HMC; stats then collects accept_rate and improper, trace the chains.
-    """
+    """z ~ q(z|x_S) [b d] given x = {modality: [b c h w]}, non-empty. All: the joint encoder (with
+    product their product of experts). One: its flow's inverse. Else HMC; stats collects accept_rate
+    and improper, trace the chains."""
     observed = [m for m in model.modalities if m in x]
     if len(observed) == len(model.modalities) and not product:
         mu, log_var = model.joint_encoder(x)
@@ -513,32 +500,26 @@ def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, li
 
 # ---- Training ------------------------------------------------------------------------------------
 def train_step(model: JNF, x: dict[str, Tensor], loss_fn, opt, args) -> dict[str, Tensor]:
-    """One optimiser step of a stage; loss_fn(model, x, args) -> (loss, metrics), all tensors."""
-    device = next(iter(x.values())).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=args.amp):
-        loss, metrics = loss_fn(model, x, args)
+    """One optimiser step of a stage's loss_fn(model, x, args); returns its metrics."""
+    with torch.autocast(next(iter(x.values())).device.type, torch.bfloat16, enabled=args.amp):
+        metrics = loss_fn(model, x, args)
     opt.zero_grad(set_to_none=True)
-    loss.backward()
+    metrics["loss"].backward()
     opt.step()
-    return {"loss": loss.detach()} | metrics
+    return metrics | {"loss": metrics["loss"].detach()}
 
 
-def validate(model: JNF, dataset: data.Dataset, loss_fn, args) -> dict[str, float]:
-    """Mean loss and metrics over a data set, with the same noise each time."""
-    def metrics(x):
-        loss, terms = loss_fn(model, x, args)
-        return {"loss": loss} | terms
-    batches = data.batches(dataset, args.eval_batch)
-    return common.mean_over(metrics, batches, next(model.parameters()).device)
+def validate(model: JNF, dataset: data.Dataset, loss_fn, args, device) -> dict[str, float]:
+    """Means of loss_fn's metrics over a data set, with the same noise each time."""
+    return common.mean_over(lambda x: loss_fn(model, x, args),
+                            data.batches(dataset, args.eval_batch, device=device), device)
 
 
 def with_frozen_features(model: JNF, dataset: data.Dataset, args) -> data.Dataset:
     """For stage U: the frozen nets run once over every image instead of once a step (D5)."""
-    heads, codes = {}, {}
-    for m, head in model.joint_heads.items():
-        heads[m] = data.encode(head, dataset.x[m])
-        if args.shared != "none":
-            codes[m] = data.encode(lambda x, m=m: model.code({m: x}, m), dataset.x[m])
+    heads = {m: data.encode(head, dataset.x[m]) for m, head in model.joint_heads.items()}
+    codes = {m: data.encode(lambda x, m=m: model.code({m: x}, m), dataset.x[m])
+             for m in model.modalities if args.shared != "none"}
     return dataset.attach("head", heads).attach("code", codes)
 
 
@@ -547,17 +528,16 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     """Train one stage, from its start or a checkpoint's state; the model ends with its best."""
     name, loss_fn, n_epochs, parts = stage
     model.requires_grad_(False).eval()
-    parts.requires_grad_(True).train()
-    params = list(parts.parameters())
+    params = list(parts.requires_grad_(True).train().parameters())
     opt = torch.optim.Adam(params, args.lr, fused=True)
     opt.register_step_pre_hook(lambda *_: common.average_gradients(params, run.world))
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=args.plateau or 10**9)
-    batch = args.dcca_batch if (name, args.shared) == ("shared", "dcca") else args.batch_size
     if name == "flow":
         sets = [with_frozen_features(model, s, args) for s in sets]
     train_set, val_set = sets
-    images = [] if "code_" + model.modalities[0] in train_set.x else model.modalities
-    names = images + [n for n in train_set.x if n not in model.modalities]
+    cached = name == "flow" and args.shared != "none"                      # no image is needed
+    names = [n for n in train_set.x if not (cached and n in model.modalities)]
+    batch = args.dcca_batch if (name, args.shared) == ("shared", "dcca") else args.batch_size
     per_epoch = max(len(train_set) // batch, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
     step, best = 0, {"loss": math.inf, "model": model.state_dict()}
@@ -569,15 +549,15 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     while step < total:
         epoch = step // per_epoch
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
-        for x in data.batches(train_set, batch, order, run.device, step % per_epoch, run.rank,
-                              run.world, names):
+        for x in islice(data.batches(train_set, batch, order, run.device, step % per_epoch,
+                                     run.rank, run.world, names), total - step):
             metrics = train_step(model, x, loss_fn, opt, args)
             step += 1
             if step % args.log_every == 0 or step == total:
                 run.log(stage=name, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(name, epoch, n_epochs, step, total, batch, **metrics)
             if step % per_epoch == 0 or step == total:
-                val = validate(model, val_set, loss_fn, args)
+                val = validate(model, val_set, loss_fn, args, run.device)
                 run.log(stage=name, step=step, epoch=epoch, split="val", **val)
                 schedule.step(val["loss"])
                 if val["loss"] < best["loss"]:
@@ -588,8 +568,6 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
                           "opt": opt.state_dict(), "schedule": schedule.state_dict()})
             if run.stop_requested:
                 run.stop()
-            if step == total:
-                break
     model.load_state_dict(best["model"])
     run.say(f"stage {name}: {step} steps, best validation loss {best['loss']:.4f}")
 
@@ -613,16 +591,13 @@ def train(model: JNF, train_set: data.Dataset, val_set: data.Dataset, args, run)
 # ---- Evaluation ----------------------------------------------------------------------------------
 def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Posterior match, coherence, Fréchet distances, chain diagnostics, pictures; test split.
-
-    kl_<m>_nats estimates the mean KL(q(z|X) || q_m(z|x_m)), what stage U leaves unexplained.
-    """
+    kl_<m>_nats estimates the mean KL(q(z|X) || q_m(z|x_m)), what stage U leaves unexplained."""
     torch.manual_seed(args.seed)
     model.requires_grad_(False).eval()
-    device, stats = run.device, {}
-    metrics = {}
+    device, stats, metrics = run.device, {}, {}
     for name, loss_fn in (("joint", joint_loss), ("flow", flow_loss)):
-        metrics |= validate(model, test, loss_fn, args)
-        metrics[f"loss_{name}"] = metrics.pop("loss")
+        values = validate(model, test, loss_fn, args, device)
+        metrics |= {f"loss_{name}": values.pop("loss")} | values
     judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
     real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
 
@@ -647,15 +622,9 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
     if metrics.get("improper", 0) > 0.01:
         run.say(f"WARNING: the product of experts is improper in {metrics['improper']:.1%} of its "
                 "dimensions (experts wider than the prior): chains may run away there")
-    common.save_joint_grid(run.dir / "samples.png", sample(16))
-    given = test.take(slice(8), device)
-    cross = {}
-    for m in given:
-        x = generate({m: repeat(given[m], "r ... -> (r k) ...", k=4)}, model.modalities)
-        cross[m] = {t: rearrange(v, "(r k) ... -> r k ...", k=4) for t, v in x.items()}
-    common.save_cross_grid(run.dir / "cross.png", given, cross)
+    common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     if args.z_dim == 2:
-        draw_posteriors(model, given, args, run)
+        draw_posteriors(model, test.take(slice(3), device), args, run.dir)
     return metrics
 
 
@@ -669,22 +638,22 @@ def diagnose_chains(model: JNF, test: data.Dataset, args, run, stats) -> dict[st
     return common.chain_report(chains, run.dir / "diagnostics.png", stats["accept_rate"][-1])
 
 
-def draw_posteriors(model: JNF, given: dict[str, Tensor], args, run) -> None:
+def draw_posteriors(model: JNF, given: dict[str, Tensor], args, folder: Path) -> None:
     """posteriors.png, z_dim 2: p(z|x_j) of the decoder, its best diagonal Gaussian, the flow's."""
-    axis, rows = torch.linspace(-3.5, 3.5, 200, device=run.device), []
-    z = torch.cartesian_prod(axis, axis)                                   # [g 2]
+    axis, rows = torch.linspace(-3.5, 3.5, 200), []
+    z = torch.cartesian_prod(axis, axis).to(next(iter(given.values())))    # [g 2]
     for m, x in given.items():
         mean, q = model.decoders[m](z), model.posteriors[m]
-        for xi in x[:3].split(1):
+        for xi in x.split(1):
             log_p = log_normal(z) + log_lik(xi, mean, args.decoder_dist, args.decoder_scale)
             p = log_p.softmax(0)                                           # [g]
             mu = p @ z
             gaussian = log_normal(z, mu, (p @ (z - mu) ** 2).log()).softmax(0)
             flow = log_poe(z, [(*q["encoder"](model.code({m: xi}, m)), q["flow"])]).softmax(0)
-            grids = [rearrange(v, "(a b) -> b a", a=200) for v in (p, gaussian, flow)]
+            grids = [v.reshape(200, 200).T for v in (p, gaussian, flow)]
             rows.append([xi[0], *grids])
-    titles = ["given", "p(z|x)", "best Gaussian", "flow"]
-    common.save_densities(run.dir / "posteriors.png", rows, titles, reach=3.5)
+    common.save_densities(folder / "posteriors.png", rows,
+                          ["given", "p(z|x)", "best Gaussian", "flow"], reach=3.5)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
