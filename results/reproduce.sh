@@ -1,22 +1,68 @@
 #!/usr/bin/env bash
-# The rows of the README's tables:  bash results/reproduce.sh DATA_DIR
-# A finished row is skipped; a broken-off one is resumed. Rows end up in runs/results/<variant>.
-set -eu
+# The rows of the README's tables, in order of priority:
+#
+#   bash results/reproduce.sh [--minutes N] [--only SCRIPT] [--data_dir DIR] [--device cuda] [--publish]
+#
+# A finished row is skipped, a broken-off one resumed; after N minutes the run at hand saves its
+# checkpoint and the rest is listed as left. Runs live in runs/results/<variant>. --publish copies
+# their result.json and pictures to results/ and rewrites the tables; rows of real data need DIR.
+set -u
 cd "$(dirname "$0")/.."
-data="${1:?give the folder with the real data}"
+minutes=100000 only="" data="" device=auto publish=0
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --minutes) minutes="$2"; shift 2 ;;
+        --only) only="$2"; shift 2 ;;
+        --data_dir) data="$2"; shift 2 ;;
+        --device) device="$2"; shift 2 ;;
+        --publish) publish=1; shift ;;
+        *) sed -n '2,8p' "$0" >&2; exit 2 ;;
+    esac
+done
 
-row() {   # script, data set, variant, flags
-    local out="runs/results/$3" script="$1" dataset="$2"
-    shift 3
-    local folder="$out/$script/$dataset/0" resume=()
-    [ -e "$folder/result.json" ] && { echo "done: $folder"; return; }
-    [ -e "$folder/checkpoint.pt" ] && resume=(--resume)
-    python "$script.py" --dataset "$dataset" --out_dir "$out" "$@" "${resume[@]+"${resume[@]}"}"
+# script, data set, variant, seed, flags
+rows() {
+    cat <<'ROWS'
+jnf synth_mnist_svhn default 0
+jnf synth_polymnist three-modalities 0
+jnf shapes default 0
+jnf mnist_svhn 3000-steps 0 --max_steps 3000
+jnf mnist_svhn contrastive-3000-steps 0 --max_steps 3000 --shared contrastive
+jnf mnist_svhn gaussian-3000-steps 0 --max_steps 3000 --flow_blocks 0
+jnf mnist_svhn long 0 --epochs_joint 6 --epochs_flow 4
+ROWS
 }
 
-row jnf synth_mnist_svhn default
-row jnf mnist_svhn 3000-steps --data_dir "$data" --max_steps 3000
-row jnf mnist_svhn contrastive-3000-steps --data_dir "$data" --max_steps 3000 --shared contrastive
-row jnf mnist_svhn gaussian-3000-steps --data_dir "$data" --max_steps 3000 --flow_blocks 0
-row jnf synth_polymnist three-modalities
-row jnf shapes default
+end=$(($(date +%s) + minutes * 60))
+left=0
+while read -r script dataset variant seed flags; do
+    [ -n "$only" ] && [ "$only" != "$script" ] && continue
+    name="$script $dataset $variant $seed"
+    out="runs/results/$variant" folder="runs/results/$variant/$script/$dataset/$seed"
+    if [ -e "$folder/result.json" ]; then
+        echo "done: $name"
+    elif [[ "$dataset" != synth_* && "$dataset" != shapes && -z "$data" ]]; then
+        echo "left: $name (needs --data_dir)"; left=$((left + 1)); continue
+    elif [ "$(date +%s)" -ge "$end" ]; then
+        echo "left: $name"; left=$((left + 1)); continue
+    else
+        resume=""
+        [ -e "$folder/checkpoint.pt" ] && resume="--resume"
+        [ -z "$resume" ] && [ -e "$folder/config.json" ] && resume="--overwrite"
+        echo "run:  $name"
+        # shellcheck disable=SC2086
+        timeout --foreground --kill-after=60 "$((end - $(date +%s)))" python "$script.py" --dataset "$dataset" \
+            --seed "$seed" --out_dir "$out" --device "$device" --data_dir "${data:-datasets}" \
+            $flags $resume < /dev/null
+        code=$?
+        if [ ! -e "$folder/result.json" ]; then
+            echo "left: $name (exit code $code)"; left=$((left + 1)); continue
+        fi
+    fi
+    if [ "$publish" = 1 ]; then
+        to="results/$script/$dataset/$variant/$seed"
+        mkdir -p "$to" && cp "$folder"/result.json "$folder"/*.png "$to"
+    fi
+done < <(rows)
+[ "$publish" = 1 ] && python results/tables.py
+echo "$left rows left"
