@@ -28,7 +28,8 @@ Usage
 Deviations from the authors' public code
   D1 the prior's exponent is |S|-1 (theirs: 1; --prior_exponent official)
   D2 chains start at a draw from one expert, through the inverse flow (theirs skip the inverse)
-  D3 HMC tunes a step size a chain and is preconditioned (--sampler official: theirs)
+  D3 HMC tunes a step size a chain, is preconditioned, and stays where the prior has its mass: the
+     product of learned experts need not be integrable (--sampler official: theirs)
   D4 MNIST-SVHN pairs are drawn anew each epoch; validation shares no image with training
   D5 frozen nets are in eval mode and run once, not in each step
 """
@@ -63,7 +64,7 @@ PRESETS = {
 TWO_LAYERS = dict(common_dim=64, shared_layers=2)
 SHARED = {"translated_polymnist": TWO_LAYERS,                              # on top of PRESETS
           "polymnist": dict(TWO_LAYERS, batch_size=64, epochs_joint=200, epochs_flow=200)}
-OFFICIAL_HMC = dict(hmc_steps=100, hmc_adapt=0, hmc_step_size=0.01, n_leapfrog=10,
+OFFICIAL_HMC = dict(hmc_steps=100, hmc_adapt=0, hmc_step_size=0.01, n_leapfrog=10, bound=0.0,
                     prior_exponent="official")
 INFERENCE_FLAGS = (*OFFICIAL_HMC, "sampler", "latent_prior", "gmm_components")  # not for training
 
@@ -103,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--hmc_adapt", type=number(int, 0), default=30, help="steps that tune the step size")
     flag("--hmc_step_size", type=number(float, 0, open_low=True), default=0.5)
     flag("--n_leapfrog", type=number(int, 1), default=4)
+    flag("--bound", type=number(float, 0), default=3.0, help="|z| <= sqrt(d) + bound; 0: none")
     flag("--prior_exponent", default="exact", choices=["exact", "official"], help="|S|-1, or 1")
     flag("--latent_prior", default="normal", choices=["normal", "gmm"], help="gmm: fit to q(z|X)")
     flag("--gmm_components", type=number(int, 1), default=10)
@@ -452,7 +454,7 @@ def hmc(log_prob, z: Tensor, n_steps: int, step_size: float, n_leapfrog: int, n_
 def product_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Gaussian guess of a product's width from draws [s k b d] of its s experts: precision =
     sum_j 1/var_j - (s-1). Returns standard deviations [b d], at most the prior's, and the share []
-    of negative precisions, where the product is improper (not integrable)."""
+    of negative precisions: there the product is improper, and --bound decides."""
     precision = (1 / draws.var(1).clamp_min(1e-6)).sum(0) - (len(draws) - 1)
     return precision.clamp_min(1.0).rsqrt(), (precision <= 0).float().mean()
 
@@ -483,12 +485,17 @@ def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, li
     mu, log_var, blocks = stack_experts(experts)
     power = 1 if args.prior_exponent == "official" else s - 1
     target = [(mu, log_var, partial(flow_pass, blocks=blocks))]
+    limit = math.sqrt(mu.shape[-1]) + args.bound if args.bound else math.inf
+    start = start * (0.99 * limit / start.norm(dim=1, keepdim=True)).clamp(max=1)
+
+    def bounded(z, log_p):                             # -inf is rejected
+        return torch.where(z.norm(dim=1) < limit, log_p, -torch.inf)
 
     def compiled(z):
         grad, (_, log_p) = compiled_gradient()(z, mu, log_var, blocks, power)
-        return log_p, grad
+        return bounded(z, log_p), grad
 
-    z, accept_rate = hmc(lambda z: log_poe(z, target, power), start, args.hmc_steps,
+    z, accept_rate = hmc(lambda z: bounded(z, log_poe(z, target, power)), start, args.hmc_steps,
                          args.hmc_step_size, args.n_leapfrog, args.hmc_adapt, scale,
                          jitter=0.0 if official else 0.2, trace=trace,
                          value_and_grad=compiled if args.compile else None)
@@ -621,7 +628,7 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
     metrics |= {k: torch.stack(v).mean().item() for k, v in stats.items()}
     if metrics.get("improper", 0) > 0.01:
         run.say(f"WARNING: the product of experts is improper in {metrics['improper']:.1%} of its "
-                "dimensions (experts wider than the prior): chains may run away there")
+                "dimensions (experts wider than the prior): there --bound decides")
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     if args.z_dim == 2:
         draw_posteriors(model, test.take(slice(3), device), args, run.dir)

@@ -10,11 +10,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CROSS = [("given 1", "coherence_cross_1"), ("given 2", "coherence_cross_2")]
 TABLES = {       # name: (folder below results, [(column, metric)])
     "jnf": ("jnf", [("joint", "coherence_joint"), ("mnist → svhn", "coherence_mnist_to_svhn"),
-                    ("svhn → mnist", "coherence_svhn_to_mnist"), ("given 1", "coherence_cross_1"),
-                    ("given 2", "coherence_cross_2"), ("R-hat", "r_hat"),
+                    ("svhn → mnist", "coherence_svhn_to_mnist"), *CROSS, ("R-hat", "r_hat"),
                     ("ESS a step", "ess_per_step"), ("accept", "accept_rate")]),
+    "sbm_vae": ("sbm_vae", [("joint", "coherence_joint"),
+                            ("independent latents", "coherence_joint_independent"), *CROSS,
+                            ("given 3", "coherence_cross_3")]),
+    "latent_ebm_prior": ("latent_ebm_prior", [
+        ("joint, EBM prior", "coherence_joint"), ("joint, base prior", "coherence_joint_base"),
+        ("given 1", "coherence_cross_1"), ("given 1, base", "coherence_cross_1_base"),
+        ("given 2", "coherence_cross_2")]),
+    "joint_layer_ebm": ("joint_layer_ebm", [
+        ("Fréchet (judge), EBM", "frechet_clf"), ("without EBM", "frechet_clf_k0")]),
+    "ebm_revision": ("ebm_revision", [
+        ("joint, revised", "coherence_joint"), ("initial", "coherence_joint_initial"),
+        ("from noise", "coherence_joint_noise"), ("given 1, revised", "coherence_cross_1"),
+        ("initial", "coherence_cross_1_initial")]),
 }
 
 
@@ -45,6 +58,8 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text()
     for name, (folder, columns) in TABLES.items():
+        if f"<!-- table {name} -->" not in text:
+            continue
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         before, rest = text.split(start)
         text = before + start + table(folder, columns) + "\n" + end + rest.split(end, 1)[1]

@@ -320,3 +320,17 @@ def test_linear_gaussian_posteriors_are_recovered():
         assert abs(head.mu.weight.item() - var * a[j] / s2[j]) < 0.03
         assert abs(head.s(batch[m]).mean().exp() - var) < 0.03
         assert terms[f"kl_{m}_nats"] < first[f"kl_{m}_nats"]
+
+
+def test_chains_stay_where_the_prior_has_its_mass():
+    """Experts wider than the prior: the product grows with |z|, unbounded chains run away."""
+    model, args = tiny(flow_blocks=0, hmc_adapt=30, hmc_steps=60)
+    for q in model.posteriors.values():
+        torch.nn.init.constant_(q["encoder"][1].s.bias, 3.0)
+    x = images(20)
+    limit = args.z_dim**0.5 + 3
+    args.bound = 3.0
+    inside = jnf.sample_posterior(model, x, args, product=True).norm(dim=1)
+    args.bound = 0.0
+    outside = jnf.sample_posterior(model, x, args, product=True).norm(dim=1)
+    assert inside.max() < limit < 2 * limit < outside.median()
