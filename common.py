@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,11 +74,10 @@ class FeatureStats:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> dict[str, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features [n f] and [m f].
+    """Improved precision and recall (Kynkaanniemi et al. 2019); features [n f] and [m f].
 
-    Precision: the share of fake points in a ball around a real point that reaches to its k-th
-    nearest real neighbour. Recall: the same with the roles exchanged.
-    """
+    Precision is the share of fake points that lie in the ball of some real point, which reaches to
+    its k-th nearest real neighbour. Recall is the same with the roles exchanged."""
     def share(points, centres):
         radius = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values
                             for part in centres.split(1000)])   # k + 1: each is its own nearest
@@ -89,10 +88,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> dict[str, float]
 
 
 def f1_score(predicted: Tensor, target: Tensor) -> float:
-    """Mean over items of 2 TP / (2 TP + FP + FN); [b ...], an entry above 1/2 is a one.
-
-    An item without any ones, predicted or real, counts 0, as in scikit-learn.
-    """
+    """Mean over items of 2 TP / (2 TP + FP + FN); [b ...], an entry above 1/2 is a one. An item
+    without any ones, predicted or real, counts 0, as in scikit-learn."""
     predicted, target = predicted.flatten(1) > 0.5, target.flatten(1) > 0.5
     ones = predicted.sum(1) + target.sum(1)
     return (2 * (predicted & target).sum(1) / ones.clamp_min(1)).mean().item()
@@ -164,16 +161,15 @@ def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> N
 def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
     """{m: frozen judge} for the image modalities of a labelled data set, {} for an unlabelled one.
 
-    Trained once on train, with a seed of its own and the caller's random state left alone; kept in
-    cache_dir under a digest of train. A broken file there is replaced.
-    """
+    Trained once, the caller's random state left alone, and kept in cache_dir under a digest of
+    the training data. A broken file there is replaced."""
     judges = {}
     for m in [m for m in train.modalities if train.kinds[m] == "image" and train.y is not None]:
         (x, y), (x_test, y_test) = train.modality(m), test.modality(m)
-        digest = hashlib.sha256(x.cpu().contiguous().numpy())
-        digest.update(y.cpu().contiguous().numpy())
-        path = f"{train.name}_{m}_{Judge.VERSION}_{digest.hexdigest()[:16]}.pt"
-        path = Path(cache_dir) / path
+        key = hashlib.sha256(x.cpu().contiguous().numpy())
+        key.update(y.cpu().contiguous().numpy())
+        file_name = f"{train.name}_{m}_{Judge.VERSION}_{key.hexdigest()[:16]}.pt"
+        path = Path(cache_dir) / file_name
         with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(0)
             judges[m] = judge = Judge(x.shape[1:], int(y.max()) + 1)
@@ -197,11 +193,8 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
 
 # ---- Inception: the net behind fid_* -------------------------------------------------------------
 def _inception() -> nn.Module:
-    """x [b 1|3 h w] in [0, 1] -> pool3 [b 2048] as TensorFlow's graph of 2015; random weights.
-
-    torchvision's net, but for the pooling in nine blocks: means leave out the padding, and the last
-    block takes the maximum.
-    """
+    """x [b 1|3 h w] in [0, 1] -> pool3 [b 2048] as TensorFlow's graph of 2015; random weights. Its
+    means leave out the padding and its last block takes the maximum, unlike torchvision's."""
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     net.fc = nn.Identity()
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
@@ -237,8 +230,7 @@ def load_inception(data_dir, device) -> nn.Module | None:
 
 
 # ---- Coherence, and distances to real test images ------------------------------------------------
-def _device(judges: dict) -> torch.device | None:
-    """Where the judges are; None, for a data set's own device, without judges."""
+def _device(judges: dict) -> torch.device | None:              # None: the data set's own
     return next((p.device for judge in judges.values() for p in judge.parameters()), None)
 
 
@@ -257,7 +249,6 @@ def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
 
 
 def _agreement(classes: dict[str, Tensor]) -> float:
-    """Share of tuples in which every judge sees the same class."""
     classes = torch.stack(list(classes.values()))
     return (classes == classes[0]).all(0).float().mean().item()
 
@@ -271,10 +262,9 @@ def _distances(stats: dict, real, prefix: str = "") -> dict[str, float]:
 def reference(test, train, judges, inception, n: int = 10_000, batch_size: int = 500):
     """What `coherence_*` compare with: n real test tuples, and n of train as the distances' floor.
 
-    Has .metrics: judge_accuracy_<m>, coherence_ceiling (judges agree on a real tuple),
-    frechet_clf_floor_<m>, frechet_clf_floor (mean), fid_floor_<m>; and .extract and .stats, the
-    features and their (mu, cov) by (kind, m), kind "frechet_clf" (of a judge) or "fid".
-    """
+    .metrics: judge_accuracy_<m>, coherence_ceiling (judges agree on a real tuple), fid_floor_<m>,
+    frechet_clf_floor_<m>, frechet_clf_floor (their mean). .extract and .stats: the features and
+    their (mu, cov) by (kind, m), kind "frechet_clf" (of a judge) or "fid"."""
     images = [m for m in test.modalities if test.kinds[m] == "image"]
     extract = {("frechet_clf", m): lambda x, j=judge: j(x)[1] for m, judge in judges.items()}
     extract |= {("fid", m): inception for m in images if inception is not None}
@@ -299,8 +289,7 @@ def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, refe
     """Share of n joint samples in which the judges of all modalities see the same class.
 
     sample(b) -> {m: [b c h w] in [0, 1]}. Keys: coherence_joint if there are two judges or more;
-    with a reference also frechet_clf_<m> and fid_<m>.
-    """
+    with a reference also frechet_clf_<m> and fid_<m>."""
     batches = (sample(min(batch_size, n - i)) for i in range(0, n, batch_size))
     classes, stats = _measure(batches, judges, reference.extract if reference else {})
     joint = {"coherence_joint": _agreement(classes)} if len(judges) > 1 else {}
@@ -314,8 +303,7 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
     generate(x_observed {m: images}, targets [names]) -> {target: images}, one sample an item.
     Observed: `subsets`, else all non-empty proper ones, or of more than max_subsets a fixed random
     choice, as many of each size. Keys: coherence_<a+b>_to_<target>, coherence_cross_<k> (mean over
-    subsets of size k and targets), coherence_subsets; of a reference, frechet_clf_<a>_to_<target>.
-    """
+    subsets of size k and targets), coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
     if subsets is None:
         sizes = [list(combinations(test.modalities, k)) for k in range(1, len(test.modalities))]
         if sum(map(len, sizes)) > max_subsets:
@@ -341,9 +329,8 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
 # ---- Chain diagnostics ---------------------------------------------------------------------------
 def _autocovariance(x: Tensor) -> Tensor:
     """Chains [n c d] -> sum_t (x_t - mean)(x_t+k - mean) / n, meaned over chains: [n lags, d]."""
-    n = len(x)
-    spectrum = torch.fft.rfft(x - x.mean(0), n=2 * n, dim=0)    # padded: no wrapping
-    return torch.fft.irfft(spectrum.abs() ** 2, n=2 * n, dim=0)[:n].mean(1) / n
+    spectrum = torch.fft.rfft(x - x.mean(0), n=2 * len(x), dim=0)           # padded: no wrapping
+    return torch.fft.irfft(spectrum.abs() ** 2, dim=0)[:len(x)].mean(1) / len(x)
 
 
 def autocorrelation(x) -> Tensor:
@@ -364,10 +351,8 @@ def _split(x) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split_r_hat(x):
-    """Split R-hat (BDA3 sec. 11.4) of chains [n c] -> float or [n c d] -> [d]; 1 once mixed.
-
-    Not rank-normalised. nan if no chain ever moves, very large if they stick at different places.
-    """
+    """Split R-hat (BDA3 sec. 11.4; no ranks) of chains [n c] -> float or [n c d] -> [d]: 1 once
+    mixed, nan if no chain ever moves, very large if they stick at different places."""
     if x.ndim == 2:
         return split_r_hat(x[..., None]).item()
     _, within, total = _split(x)
@@ -375,10 +360,8 @@ def split_r_hat(x):
 
 
 def ess(x):
-    """Effective number of draws in chains [n c] -> float, or [n c d] -> [d]; nan if none moves.
-
-    Split chains, Geyer's initial monotone sequence, as Stan (Vehtari et al. 2021, sec. 3.2).
-    """
+    """Effective number of draws in chains [n c] -> float, [n c d] -> [d]; nan if none moves. Split
+    chains, Geyer's initial monotone sequence, as Stan (Vehtari et al. 2021, sec. 3.2)."""
     if x.ndim == 2:
         return ess(x[..., None]).item()
     x, within, total = _split(x)
@@ -394,21 +377,20 @@ def ess(x):
 
 
 def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None) -> dict:
-    """Diagnostics of chains [n c d], c chains a coordinate; diagnostics.png at path.
+    """Metrics of chains [n c d], c chains a coordinate, and their picture at path.
 
-    r_hat, r_hat_95 (median and 95th percentile over coordinates), ess_per_step (mean, over the
-    number of draws), autocorrelation_time (mean, in steps); accept_rate is drawn in the title.
-    energy [n c] is drawn if given.
-    """
-    r_hat, rho = split_r_hat(chains), autocorrelation(chains).mean(1).cpu()
+    r_hat, r_hat_95: median and 95 % quantile over coordinates; ess_per_step: mean, a share of the
+    draws; autocorrelation_time: mean, in steps. accept_rate and energy [n c] are only drawn."""
+    chains = chains.detach().cpu()
+    r_hat, rho = split_r_hat(chains), autocorrelation(chains).mean(1)
     size = ess(chains) / math.prod(chains.shape[:2])
-    panels = [("split R-hat", lambda axes: axes.hist(r_hat[r_hat.isfinite()].cpu(), 40)),
-              ("autocorrelation by lag, mean", lambda axes: axes.plot(rho[:len(rho) // 2])),
-              (f"first coordinate by step, accept rate {float(accept_rate):.2f}",
-               lambda axes: axes.plot(chains[:, :, 0].detach().cpu(), linewidth=0.6))]
+    lines = {"autocorrelation by lag, mean": rho[:len(rho) // 2],
+             f"first coordinate by step, accept rate {float(accept_rate):.2f}": chains[:, :, 0]}
     if energy is not None:
-        panels.append(("energy by step",
-                       lambda axes: axes.plot(energy.detach().cpu(), linewidth=0.6)))
+        lines["energy by step"] = energy.detach().cpu()
+    panels = [("split R-hat", lambda axes: axes.hist(r_hat[r_hat.isfinite()].numpy(), 40))]
+    panels += [(title, lambda axes, y=y: axes.plot(y.numpy(), linewidth=0.6))
+               for title, y in lines.items()]
     _save_rows(path, [panels])
     return {"r_hat": r_hat.nanmedian().item(), "r_hat_95": r_hat.nanquantile(0.95).item(),
             "ess_per_step": size.nanmean().item(),
@@ -417,10 +399,8 @@ def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None
 
 # ---- Gaussian mixture: weights [k], means [k d], Cholesky factors [k d d] ------------------------
 def fit_gmm(z: Tensor, k: int, seed: int = 0, n_iter: int = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """EM with full covariances on z [n d], float64, from k-means++. Memory: n k d floats.
-
-    Covariances get 1e-4 of z's mean variance on the diagonal.
-    """
+    """EM on z [n d] from k-means++, float64; each covariance gets 1e-4 of z's mean variance on its
+    diagonal. Memory: n k d floats."""
     z, rng = z.detach().double(), torch.Generator().manual_seed(seed)
     floor = 1e-4 * z.var(0).mean() * torch.eye(z.shape[1]).to(z)
     means = z[torch.randint(len(z), (1,), generator=rng)]
@@ -460,10 +440,8 @@ def sample_gmm(gmm, n: int, generator: torch.Generator | None = None) -> Tensor:
 
 # ---- Pictures, of rank 0 -------------------------------------------------------------------------
 def _save_rows(path, rows: list[list[tuple]], reach: float = 1.0) -> None:
-    """PNG of rows of (title, content), all to one scale.
-
-    content: an image [3 h w], a density [y x] on [-reach, reach]^2, or draw(axes).
-    """
+    """PNG of rows of (title, content), all to one scale; content: an image [3 h w], a density [y x]
+    on [-reach, reach]^2, or draw(axes)."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     sizes = [[(220, 330) if callable(c) else c.shape[-2:] for _, c in row] for row in rows]
@@ -480,9 +458,9 @@ def _save_rows(path, rows: list[list[tuple]], reach: float = 1.0) -> None:
                 if len(axes.get_legend_handles_labels()[1]) > 1:
                     axes.legend(fontsize=7, frameon=False)
             elif content.ndim == 2:
-                axes.imshow(content.cpu(), origin="lower", extent=[-reach, reach] * 2)
+                axes.imshow(content.cpu().numpy(), origin="lower", extent=[-reach, reach] * 2)
             else:
-                axes.imshow(content.permute(1, 2, 0))
+                axes.imshow(content.permute(1, 2, 0).numpy())
                 axes.axis("off")
     figure.savefig(path)
 
@@ -506,10 +484,9 @@ def save_joint_grid(path, samples: dict[str, Tensor]) -> None:
 def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[str, Tensor]]):
     """PNG with a row of pictures per source m: given[m] [r c h w] as a column, and beside each item
     its k samples generated[m][t] [r k c h w] of every target t."""
-    _save_rows(path, [
-        [(f"{m}, given", _tile(x, 1))]
-        + [(t, _tile(g.flatten(0, 1), g.shape[1])) for t, g in generated[m].items()]
-        for m, x in given.items()])
+    def columns(m):
+        return [(t, _tile(x.flatten(0, 1), x.shape[1])) for t, x in generated[m].items()]
+    _save_rows(path, [[(f"{m}, given", _tile(x, 1)), *columns(m)] for m, x in given.items()])
 
 
 def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: float) -> None:
@@ -595,10 +572,8 @@ def peek(parser: argparse.ArgumentParser, argv: list[str] | None, flag: str):
 
 @torch.no_grad()
 def mean_over(metrics, batches, device: torch.device, seed: int = 0) -> dict[str, float]:
-    """Means over items of metrics(batch) -> {name: mean over the batch []}, batches of dicts.
-
-    The noise is the same each time and does not touch the caller's random state.
-    """
+    """Means over items of metrics(batch) -> {name: mean over the batch []}, batches of dicts. The
+    noise is the same each time and does not touch the caller's random state."""
     sums, n = {}, 0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -673,7 +648,7 @@ def _plain(value):
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
-class Run:
+class Run(AbstractContextManager):
     """Log, checkpoint and signals of a run, from `open_run`. Every rank has one, rank 0 writes."""
 
     def __init__(self, args, script: str, device: torch.device, rank: int, world: int):
@@ -686,14 +661,10 @@ class Run:
         self._stage = self._lock = self._log = None
         self._handlers, self._about = {}, {}
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.close()
 
     def say(self, text: str) -> None:
-        """A line on the console."""
         if self.rank == 0:
             print("\r\x1b[K" * sys.stdout.isatty() + text, flush=True)     # over a live line
 
@@ -747,30 +718,24 @@ class Run:
         return time.monotonic() - self._start
 
     def checkpoint_due(self) -> bool:
-        """Is --ckpt_minutes over, or the run to stop? Call it in each step, on every rank.
-
-        Ranks agree about once a second, at most in each call and at least in each tenth.
-        """
+        """Is --ckpt_minutes over, or the run to stop? Call it in each step, on every rank. Ranks
+        agree about it once a second or every tenth call, whichever comes first."""
         now = time.monotonic()
-        due = now - self._saved >= 60 * self.args.ckpt_minutes
-        if self.world == 1:
-            return bool(due or self.stop_requested)
-        self._calls += 1
-        if self._calls < self._sync_every:
-            return False
-        pace = (now - self._synced) / self._calls                           # seconds a call
-        flags = torch.tensor([due, self._signal, pace], device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        due, self.stop_requested, pace = flags[0].item(), int(flags[1]), flags[2].item()
-        self._calls, self._synced = 0, now
-        self._sync_every = max(1, min(10, int(1 / max(pace, 0.1))))
+        due, self._calls = now - self._saved >= 60 * self.args.ckpt_minutes, self._calls + 1
+        if self.world > 1:
+            if self._calls < self._sync_every:
+                return False
+            pace = (now - self._synced) / self._calls                       # seconds a call
+            flags = torch.tensor([due, self._signal, pace], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)                       # the slowest rank's
+            due, self.stop_requested, pace = flags[0].item(), int(flags[1]), flags[2].item()
+            self._calls, self._synced = 0, now
+            self._sync_every = max(1, min(10, int(1 / max(pace, 0.1))))
         return bool(due or self.stop_requested)
 
     def save(self, state: dict) -> None:
-        """checkpoint.pt: state (tensors, state_dicts, numbers, strings) and what a resume needs.
-
-        OSError, in a line, if it cannot be written; the earlier checkpoint is then still there.
-        """
+        """checkpoint.pt: state (tensors, state_dicts, numbers, strings) and what a resume needs. If
+        it cannot be written, OSError, and the earlier one is still there."""
         self._saved, log = time.monotonic(), self.dir / "metrics.jsonl"
         name, keys, *rest = np.random.get_state()
         rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
@@ -785,11 +750,9 @@ class Run:
                             "rollbacks": self.rollbacks, "wall_s": self.wall_s()}, file)
 
     def load(self, path=None, free: tuple[str, ...] = ()) -> dict:
-        """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none.
-
-        Flags other than RUN_FLAGS and free must be the checkpoint's. Unless --eval_only the run
-        goes on from there: random states, log and wall clock are set back.
-        """
+        """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none,
+        or has other flags (RUN_FLAGS and `free` may differ). Unless --eval_only the run goes on
+        from there: random states, log and wall clock are set back."""
         own = self.dir / "checkpoint.pt"
         path, log = Path(path or own), self.dir / "metrics.jsonl"
         kept = _read(path)
@@ -817,10 +780,8 @@ class Run:
 
     def rollback(self, reason: str) -> dict:
         """The last checkpoint's state, with fresh noise, after chains diverged: a line of
-        metrics.jsonl. At the fourth time, or with nothing saved, FloatingPointError(reason).
-
-        All ranks must call it together; the caller loads the state and lowers a learning rate.
-        """
+        metrics.jsonl. At the fourth time, or with nothing saved, FloatingPointError. All ranks call
+        it together; the caller loads the state and lowers a learning rate."""
         self.rollbacks, path = self.rollbacks + 1, self.dir / "checkpoint.pt"
         if self.rollbacks > 3 or not path.exists():
             raise FloatingPointError(f"{reason}, after {self.rollbacks - 1} rollbacks")
@@ -871,26 +832,21 @@ def _pick_device(name: str) -> torch.device:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if name == "auto" else name)
-    except RuntimeError:
-        raise RunError(f"--device {name}: give auto, cpu, cuda or cuda:<number>") from None
-    if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise RunError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError):                      # no such name, or no such GPU
+        raise RunError(f"--device {name} is not to be had: give auto, cpu, cuda or cuda:<number>, "
+                       f"number < {torch.cuda.device_count()}") from None
     return device
 
 
 def open_run(args, script_path, argv: list[str] | None = None) -> Run:
     """Claim and lock out_dir/<script>/<dataset>/<seed>; leave config.json and source.py there.
-
-    RunError: it is in use, or holds a run and none of --resume, --overwrite, --eval_only is given,
-    or holds nothing to resume. --overwrite removes RUN_FILES only.
-    """
-    run, script = Run(args, Path(script_path).stem, _pick_device(args.device), *distributed()), \
-        Path(script_path).resolve()
-    argv = sys.argv[1:] if argv is None else argv
+    RunError if it is in use, or the flags do not fit what it holds."""
+    script, argv = Path(script_path).resolve(), sys.argv[1:] if argv is None else argv
+    run = Run(args, script.stem, _pick_device(args.device), *distributed())
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     found = shutil.which("git") and subprocess.run(git, cwd=script.parent, capture_output=True,
                                                    text=True).stdout.strip()
@@ -915,7 +871,7 @@ def open_run(args, script_path, argv: list[str] | None = None) -> Run:
 
 
 def _claim(run: Run) -> None:
-    """Lock the folder, then empty or refuse it, as the flags say."""
+    """Lock the folder, then refuse it or, for --overwrite, remove RUN_FILES, and nothing else."""
     run.dir.mkdir(parents=True, exist_ok=True)
     run._lock = open(run.dir / ".lock", "a")                    # freed even by kill -9
     try:

@@ -183,8 +183,10 @@ def load(name: str, split: str, data_dir="datasets", n: int | None = None, n_mod
             return _mnist_svhn(split, data_dir, n, seed, pairings)
         if name in OFFICIAL:
             return _polymnist(name, split, data_dir, n)
-        if name in ("celebamask_hq", "cub"):
-            return {"cub": _cub, "celebamask_hq": _celebamask_hq}[name](split, data_dir, n)
+        if name == "celebamask_hq":
+            return _celebamask_hq(split, data_dir, n)
+        if name == "cub":
+            return _cub(split, data_dir, n)
         return _from_files(name, split, data_dir, n)
     except DataError as error:
         raise DataError(f"{name}: {error}; {TWINS[name]} needs no files") from error
