@@ -29,7 +29,7 @@ def open_run(tmp_path):
         runs.append(common.open_run(Namespace(**args | flags), __file__, ["--seed", "0"]))
         return runs[-1]
     yield make
-    for run in runs:
+    for run in reversed(runs):
         run.close()
 
 
