@@ -16,9 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,12 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
+from matplotlib.figure import Figure                            # no display, no pyplot
 from torch import Tensor, nn
+from torchvision.models.inception import Inception3
 from torchvision.utils import make_grid
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")    # ends in its sha256's first digits
+                 "pt_inception-2015-12-05-6726825d.pth")        # ends in its sha256's first digits
 RUN_FILES = ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "result.json",
              "samples.png", "cross.png", "curves.png", "diagnostics.png", "posteriors.png")
 RUN_FLAGS = ("data_dir", "out_dir", "device", "resume", "overwrite", "eval_only", "checkpoint",
@@ -43,28 +43,24 @@ class RunError(ValueError):
     """A mistake of the user, in one line: `cli` prints it and exits with 2."""
 
 
-# ---- Fréchet distance ---------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), between two Gaussians.
-
-    mu [f], cov [f f], tensors or arrays. By eigenvalues in float64: real for any covariance.
-    """
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2); mu [f], cov [f f], also singular."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
     values, basis = torch.linalg.eigh(cov1)
-    root = basis * values.clamp_min(0).sqrt()                               # root @ root.T = C1
+    root = basis * values.clamp_min(0).sqrt()                   # root @ root.T = C1
     cross = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp_min(0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(distance.item(), 0.0)                                        # rounding: -1e-12
+    return max(distance.item(), 0.0)                            # rounding: -1e-12
 
 
 class FeatureStats:
-    """Mean and covariance of features that come in batches: float64 sums about the first mean."""
+    """Mean and unbiased covariance of batches of features: float64 sums about the first mean."""
 
     def __init__(self, dim: int):
         self.n, self.sum, self.outer = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
 
-    def update(self, features: Tensor) -> None:
-        """Add a batch [b f]."""
+    def update(self, features: Tensor) -> None:                 # [b f]
         features = features.detach().double()
         self.origin = self.origin if self.n else features.mean(0)
         centred = features - self.origin
@@ -72,10 +68,55 @@ class FeatureStats:
         self.sum = self.sum.to(centred) + centred.sum(0)
         self.outer = self.outer.to(centred) + centred.T @ centred
 
-    def mean_cov(self) -> tuple[Tensor, Tensor]:
-        """([f], [f f]) in float64; the covariance is unbiased, as numpy.cov."""
+    def mean_cov(self) -> tuple[Tensor, Tensor]:                # [f], [f f]
         mean = self.sum / self.n
         return self.origin + mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> dict[str, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019); features [n f] and [m f].
+
+    Precision is the share of fake points that lie in the ball of some real point, which reaches to
+    its k-th nearest real neighbour. Recall is the same with the roles exchanged."""
+    def share(points, centres):
+        radius = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values
+                            for part in centres.split(1000)])   # k + 1: each is its own nearest
+        inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+    real, fake = real.detach().double(), fake.detach().double()
+    return {"precision": share(fake, real), "recall": share(real, fake)}
+
+
+def f1_score(predicted: Tensor, target: Tensor) -> float:
+    """Mean over items of 2 TP / (2 TP + FP + FN); [b ...], an entry above 1/2 is a one. An item
+    without any ones, predicted or real, counts 0, as in scikit-learn."""
+    predicted, target = predicted.flatten(1) > 0.5, target.flatten(1) > 0.5
+    ones = predicted.sum(1) + target.sum(1)
+    return (2 * (predicted & target).sum(1) / ones.clamp_min(1)).mean().item()
+
+
+def _tallies(scores, labels) -> tuple[Tensor, Tensor]:
+    """Positives and negatives at each distinct score, in ascending order: ties share an entry."""
+    scores, labels = (torch.as_tensor(a).double().cpu() for a in (scores, labels))
+    if scores.isnan().any() or labels.unique().tolist() != [0, 1]:
+        raise ValueError("ranking needs scores without nan, and labels 0 and 1, both present")
+    _, place, count = scores.unique(return_inverse=True, return_counts=True)
+    positives = torch.bincount(place, weights=labels)
+    return positives, count - positives
+
+
+def average_precision(scores, labels) -> float:
+    """sum_k (recall_k - recall_k-1) precision_k over the distinct scores [n]; labels [n] 0 or 1."""
+    positives, negatives = (t.flip(0) for t in _tallies(scores, labels))
+    precision = positives.cumsum(0) / (positives + negatives).cumsum(0)
+    return ((positives * precision).sum() / positives.sum()).item()
+
+
+def auroc(scores, labels) -> float:
+    """P(a positive scores above a negative) + P(they tie) / 2; scores [n], labels [n] 0 or 1."""
+    positives, negatives = _tallies(scores, labels)
+    below = negatives.cumsum(0) - negatives / 2
+    return ((positives * below).sum() / (positives.sum() * negatives.sum())).item()
 
 
 # ---- Judges: a small classifier per modality -----------------------------------------------------
@@ -105,7 +146,7 @@ def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> N
     right = 0.0
     for _ in range(n_steps):
         index = torch.randint(len(x), (batch_size,), device=x.device)
-        top, left = torch.randint(5, (2,)).tolist()                         # moves up to 2 pixels
+        top, left = torch.randint(5, (2,)).tolist()             # moves up to 2 pixels
         image = F.pad(x[index].float() / 255, (2, 2, 2, 2), mode="replicate")
         logits, _ = judge(image[:, :, top:top + h, left:left + w])
         optimizer.zero_grad(set_to_none=True)
@@ -120,33 +161,30 @@ def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> N
 def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
     """{m: frozen judge} for the image modalities of a labelled data set, {} for an unlabelled one.
 
-    Trained once, with a seed of its own and the caller's random state left alone; kept in cache_dir
-    under a digest of the data. A broken file there is replaced.
-    """
+    Trained once, the caller's random state left alone, and kept in cache_dir under a digest of
+    the training data. A broken file there is replaced."""
     judges = {}
     for m in [m for m in train.modalities if train.kinds[m] == "image" and train.y is not None]:
         (x, y), (x_test, y_test) = train.modality(m), test.modality(m)
-        data = b"".join(hashlib.sha256(t.cpu().contiguous().numpy()).digest()
-                        for t in (x, y, x_test, y_test))
-        key = f"{train.name}_{m}_{Judge.VERSION}_{hashlib.sha256(data).hexdigest()[:16]}"
-        path = Path(cache_dir) / f"{key}.pt"
+        key = hashlib.sha256(x.cpu().contiguous().numpy())
+        key.update(y.cpu().contiguous().numpy())
+        file_name = f"{train.name}_{m}_{Judge.VERSION}_{key.hexdigest()[:16]}.pt"
+        path = Path(cache_dir) / file_name
         with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(0)
             judges[m] = judge = Judge(x.shape[1:], int(y.max()) + 1)
             judge.to(device, memory_format=torch.channels_last)
             try:
-                kept = _read(path)
-                judge.accuracy = kept.pop("accuracy")
-                judge.load_state_dict(kept)
-            except (RunError, KeyError, RuntimeError):                      # not there, or broken
+                judge.load_state_dict(_read(path))
+            except (RunError, RuntimeError, TypeError):         # not there, or broken
                 _train_judge(judge, x.to(device), y.to(device))
-                images = ({m: i.to(device).float() / 255} for i in x_test.split(500))
-                seen = _measure(images, {m: judge.eval()}, {})[0][m]
-                judge.accuracy = (seen == y_test.cpu()).float().mean().item()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as file:
-                    torch.save(dict(judge.state_dict(), accuracy=judge.accuracy), file)
+                    torch.save(judge.state_dict(), file)
         judge.eval().requires_grad_(False)
+        images = ({m: part.to(device).float() / 255} for part in x_test.split(500))
+        seen = _measure(images, {m: judge}, {})[0][m]
+        judge.accuracy = (seen == y_test.cpu()).float().mean().item()
         weak = judge.accuracy < (0.90 if "svhn" in m else 0.95)
         say(f"judge of {m}: test accuracy {judge.accuracy:.4f}"
             + weak * f"\nWARNING: that is weak; so is every coherence measured with {m}")
@@ -155,12 +193,8 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
 
 # ---- Inception: the net behind fid_* -------------------------------------------------------------
 def _inception() -> nn.Module:
-    """x [b 1|3 h w] in [0, 1] -> pool3 [b 2048] as TensorFlow's graph of 2015; random weights.
-
-    torchvision's net, but for the pooling in nine blocks: means leave out the padding, and the last
-    block takes the maximum.
-    """
-    from torchvision.models.inception import Inception3
+    """x [b 1|3 h w] in [0, 1] -> pool3 [b 2048] as TensorFlow's graph of 2015; random weights. Its
+    means leave out the padding and its last block takes the maximum, unlike torchvision's."""
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     net.fc = nn.Identity()
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
@@ -171,7 +205,7 @@ def _inception() -> nn.Module:
             *branches(x)[:-1], block.branch_pool(pool(x))]
 
     def forward(x: Tensor) -> Tensor:
-        x = x.float().mul(255).round().clamp(0, 255) / 255                  # as in an 8-bit file
+        x = x.float().mul(255).round().clamp(0, 255) / 255      # as in an 8-bit file
         x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear")
         return Inception3.forward(net, 2 * x - 1)
     net.forward = forward
@@ -196,28 +230,25 @@ def load_inception(data_dir, device) -> nn.Module | None:
 
 
 # ---- Coherence, and distances to real test images ------------------------------------------------
-def _device(judges: dict) -> torch.device | None:
-    """Where the judges are; None, for a data set's own device, without judges."""
+def _device(judges: dict) -> torch.device | None:              # None: the data set's own
     return next((p.device for judge in judges.values() for p in judge.parameters()), None)
 
 
+@torch.no_grad()
 def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
     """Classes {m: [n]} that judges see in batches {m: images}; {key: (mu, cov)} of the features."""
     classes, stats = {}, {}
     for x in batches:
-        with torch.no_grad():
-            for m in [m for m in judges if m in x]:
-                classes.setdefault(m, []).append(judges[m](x[m])[0].argmax(1).cpu())
-            for key in [key for key in extract if key[1] in x]:
-                features = extract[key](x[key[1]])
-                stats[key] = stats.get(key) or FeatureStats(features.shape[1])
-                stats[key].update(features)
+        for m in [m for m in judges if m in x]:
+            classes.setdefault(m, []).append(judges[m](x[m])[0].argmax(1).cpu())
+        for key in [key for key in extract if key[1] in x]:
+            features = extract[key](x[key[1]])
+            stats.setdefault(key, FeatureStats(features.shape[1])).update(features)
     return ({m: torch.cat(c) for m, c in classes.items()},
             {key: s.mean_cov() for key, s in stats.items()})
 
 
 def _agreement(classes: dict[str, Tensor]) -> float:
-    """Share of tuples in which every judge sees the same class."""
     classes = torch.stack(list(classes.values()))
     return (classes == classes[0]).all(0).float().mean().item()
 
@@ -231,10 +262,9 @@ def _distances(stats: dict, real, prefix: str = "") -> dict[str, float]:
 def reference(test, train, judges, inception, n: int = 10_000, batch_size: int = 500):
     """What `coherence_*` compare with: n real test tuples, and n of train as the distances' floor.
 
-    Has .metrics: judge_accuracy_<m>, coherence_ceiling (judges agree on a real tuple),
-    frechet_clf_floor_<m>, frechet_clf_floor (mean), fid_floor_<m>; and .extract and .stats, the
-    features and their (mu, cov) by (kind, m), kind "frechet_clf" (of a judge) or "fid".
-    """
+    .metrics: judge_accuracy_<m>, coherence_ceiling (judges agree on a real tuple), fid_floor_<m>,
+    frechet_clf_floor_<m>, frechet_clf_floor (their mean). .extract and .stats: the features and
+    their (mu, cov) by (kind, m), kind "frechet_clf" (of a judge) or "fid"."""
     images = [m for m in test.modalities if test.kinds[m] == "image"]
     extract = {("frechet_clf", m): lambda x, j=judge: j(x)[1] for m, judge in judges.items()}
     extract |= {("fid", m): inception for m in images if inception is not None}
@@ -245,13 +275,13 @@ def reference(test, train, judges, inception, n: int = 10_000, batch_size: int =
         return _measure(take, judges, extract)
 
     classes, stats = measure(test)
-    accuracy = {f"judge_accuracy_{m}": judge.accuracy for m, judge in judges.items()}
-    real = SimpleNamespace(extract=extract, stats=stats, metrics=accuracy)
+    metrics = {f"judge_accuracy_{m}": judge.accuracy for m, judge in judges.items()}
+    real = SimpleNamespace(extract=extract, stats=stats, metrics=metrics)
+    metrics |= _distances(measure(train)[1], real, "floor_")
     if judges:
-        real.metrics["coherence_ceiling"] = _agreement(classes)
-    floor = _distances(measure(train)[1], real, "floor_")
-    mean = [d for key, d in floor.items() if key.startswith("frechet_clf")]
-    real.metrics |= floor | ({"frechet_clf_floor": sum(mean) / len(mean)} if mean else {})
+        floor = [metrics[f"frechet_clf_floor_{m}"] for m in judges]
+        metrics |= {"coherence_ceiling": _agreement(classes),
+                    "frechet_clf_floor": sum(floor) / len(floor)}
     return real
 
 
@@ -259,8 +289,7 @@ def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, refe
     """Share of n joint samples in which the judges of all modalities see the same class.
 
     sample(b) -> {m: [b c h w] in [0, 1]}. Keys: coherence_joint if there are two judges or more;
-    with a reference also frechet_clf_<m> and fid_<m>.
-    """
+    with a reference also frechet_clf_<m> and fid_<m>."""
     batches = (sample(min(batch_size, n - i)) for i in range(0, n, batch_size))
     classes, stats = _measure(batches, judges, reference.extract if reference else {})
     joint = {"coherence_joint": _agreement(classes)} if len(judges) > 1 else {}
@@ -274,14 +303,13 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
     generate(x_observed {m: images}, targets [names]) -> {target: images}, one sample an item.
     Observed: `subsets`, else all non-empty proper ones, or of more than max_subsets a fixed random
     choice, as many of each size. Keys: coherence_<a+b>_to_<target>, coherence_cross_<k> (mean over
-    subsets of size k and targets), coherence_subsets; of a reference, frechet_clf_<a>_to_<target>.
-    """
+    subsets of size k and targets), coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
     if subsets is None:
         sizes = [list(combinations(test.modalities, k)) for k in range(1, len(test.modalities))]
         if sum(map(len, sizes)) > max_subsets:
             draw, share = random.Random(seed).sample, max(1, max_subsets // len(sizes))
             sizes = [draw(size, min(share, len(size))) for size in sizes]
-        subsets = [subset for size in sizes for subset in size]
+        subsets = sum(sizes, [])
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
     for subset in subsets:
         targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]
@@ -298,38 +326,11 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
     return metrics | {f"coherence_cross_{k}": sum(s) / len(s) for k, s in by_size.items()}
 
 
-# ---- Ranking -------------------------------------------------------------------------------------
-def _tallies(scores, labels) -> tuple[Tensor, Tensor]:
-    """Positives and negatives at each distinct score, in ascending order: ties share an entry."""
-    labels = torch.as_tensor(labels).double().cpu()
-    values, place, count = torch.as_tensor(scores).double().cpu().unique(
-        return_inverse=True, return_counts=True)
-    if values.isnan().any() or labels.unique().tolist() != [0, 1]:
-        raise ValueError("ranking needs scores without nan, and labels 0 and 1, both present")
-    positives = torch.bincount(place, weights=labels)
-    return positives, count - positives
-
-
-def average_precision(scores, labels) -> float:
-    """sum_k (recall_k - recall_k-1) precision_k over the distinct scores [n]; labels [n] 0 or 1."""
-    positives, negatives = (t.flip(0) for t in _tallies(scores, labels))
-    precision = positives.cumsum(0) / (positives + negatives).cumsum(0)
-    return ((positives * precision).sum() / positives.sum()).item()
-
-
-def auroc(scores, labels) -> float:
-    """P(a positive scores above a negative) + P(they tie) / 2; scores [n], labels [n] 0 or 1."""
-    positives, negatives = _tallies(scores, labels)
-    below = negatives.cumsum(0) - negatives / 2
-    return ((positives * below).sum() / (positives.sum() * negatives.sum())).item()
-
-
 # ---- Chain diagnostics ---------------------------------------------------------------------------
 def _autocovariance(x: Tensor) -> Tensor:
     """Chains [n c d] -> sum_t (x_t - mean)(x_t+k - mean) / n, meaned over chains: [n lags, d]."""
-    n = len(x)
-    spectrum = torch.fft.rfft(x - x.mean(0), n=2 * n, dim=0)                # padded: no wrapping
-    return torch.fft.irfft(spectrum.abs() ** 2, n=2 * n, dim=0)[:n].mean(1) / n
+    spectrum = torch.fft.rfft(x - x.mean(0), n=2 * len(x), dim=0)           # padded: no wrapping
+    return torch.fft.irfft(spectrum.abs() ** 2, dim=0)[:len(x)].mean(1) / len(x)
 
 
 def autocorrelation(x) -> Tensor:
@@ -344,16 +345,14 @@ def _split(x) -> tuple[Tensor, Tensor, Tensor]:
     if half < 2:
         raise ValueError(f"chain diagnostics need 4 steps or more, got {len(x)}")
     x = torch.cat([x[:half], x[-half:]], 1)
-    still = x.amax((0, 1)) == x.amin((0, 1))                                # says nothing: nan
+    still = x.amax((0, 1)) == x.amin((0, 1))                    # says nothing: nan
     within = x.var(0).mean(0).masked_fill(still, math.nan)
     return x, within, within * (half - 1) / half + x.mean(0).var(0)
 
 
 def split_r_hat(x):
-    """Split R-hat (BDA3 sec. 11.4) of chains [n c] -> float or [n c d] -> [d]; 1 once mixed.
-
-    Not rank-normalised. nan if no chain ever moves, very large if they stick at different places.
-    """
+    """Split R-hat (BDA3 sec. 11.4; no ranks) of chains [n c] -> float or [n c d] -> [d]: 1 once
+    mixed, nan if no chain ever moves, very large if they stick at different places."""
     if x.ndim == 2:
         return split_r_hat(x[..., None]).item()
     _, within, total = _split(x)
@@ -361,34 +360,51 @@ def split_r_hat(x):
 
 
 def ess(x):
-    """Effective number of draws in chains [n c] -> float, or [n c d] -> [d]; nan if none moves.
-
-    Split chains, Geyer's initial monotone sequence, as Stan (Vehtari et al. 2021, sec. 3.2).
-    """
+    """Effective number of draws in chains [n c] -> float, [n c d] -> [d]; nan if none moves. Split
+    chains, Geyer's initial monotone sequence, as Stan (Vehtari et al. 2021, sec. 3.2)."""
     if x.ndim == 2:
         return ess(x[..., None]).item()
     x, within, total = _split(x)
     n, n_draws = len(x), len(x) * x.shape[1]
-    rho = 1 - (within - _autocovariance(x)) / total                         # [n d]
+    rho = 1 - (within - _autocovariance(x)) / total             # [n d]
     rho[0] = 1
     even, odd = rho[0:n - 1:2], rho[1:n:2]
-    alive = (even + odd > 0).cumprod(0)                                     # until a pair is < 0
+    alive = (even + odd > 0).cumprod(0)                         # until a pair is < 0
     tau = 2 * ((even + odd).cummin(0).values * alive).sum(0) - 1
-    end = alive.sum(0, keepdim=True)                                        # [1 d] first dead pair
+    end = alive.sum(0, keepdim=True)                            # [1 d] first dead pair
     tau = tau + F.pad(even, (0, 0, 0, 1)).gather(0, end)[0].clamp_min(0)    # antithetic chains
     return n_draws / tau.clamp_min(1 / math.log10(n_draws))
 
 
-# ---- Gaussian mixture ----------------------------------------------------------------------------
-def fit_gmm(z: Tensor, k: int, seed: int = 0, n_iter: int = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """EM with full covariances on z [n d] from k-means++: (weights [k], means [k d], chol [k d d]).
+def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None) -> dict:
+    """Metrics of chains [n c d], c chains a coordinate, and their picture at path.
 
-    Float64. Covariances get 1e-4 of z's mean variance on the diagonal. Memory: n k d floats.
-    """
+    r_hat, r_hat_95: median and 95 % quantile over coordinates; ess_per_step: mean, a share of the
+    draws; autocorrelation_time: mean, in steps. accept_rate and energy [n c] are only drawn."""
+    chains = chains.detach().cpu()
+    r_hat, rho = split_r_hat(chains), autocorrelation(chains).mean(1)
+    size = ess(chains) / math.prod(chains.shape[:2])
+    lines = {"autocorrelation by lag, mean": rho[:len(rho) // 2],
+             f"first coordinate by step, accept rate {float(accept_rate):.2f}": chains[:, :, 0]}
+    if energy is not None:
+        lines["energy by step"] = energy.detach().cpu()
+    panels = [("split R-hat", lambda axes: axes.hist(r_hat[r_hat.isfinite()].numpy(), 40))]
+    panels += [(title, lambda axes, y=y: axes.plot(y.numpy(), linewidth=0.6))
+               for title, y in lines.items()]
+    _save_rows(path, [panels])
+    return {"r_hat": r_hat.nanmedian().item(), "r_hat_95": r_hat.nanquantile(0.95).item(),
+            "ess_per_step": size.nanmean().item(),
+            "autocorrelation_time": (1 / size).nanmean().item()}
+
+
+# ---- Gaussian mixture: weights [k], means [k d], Cholesky factors [k d d] ------------------------
+def fit_gmm(z: Tensor, k: int, seed: int = 0, n_iter: int = 100) -> tuple[Tensor, Tensor, Tensor]:
+    """EM on z [n d] from k-means++, float64; each covariance gets 1e-4 of z's mean variance on its
+    diagonal. Memory: n k d floats."""
     z, rng = z.detach().double(), torch.Generator().manual_seed(seed)
     floor = 1e-4 * z.var(0).mean() * torch.eye(z.shape[1]).to(z)
     means = z[torch.randint(len(z), (1,), generator=rng)]
-    while len(means) < k:                                                   # prefer far points
+    while len(means) < k:                                       # prefer far points
         distance = torch.cdist(z, means).amin(1).cpu()
         means = torch.cat([means, z[torch.multinomial(distance**2 + 1e-9, 1, generator=rng)]])
     member = F.one_hot(torch.cdist(z, means).argmin(1), k).double()         # [n k]
@@ -422,47 +438,55 @@ def sample_gmm(gmm, n: int, generator: torch.Generator | None = None) -> Tensor:
     return (means[k] + (chol[k] @ noise)[..., 0]).float()
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-def _tile(images: Tensor, n_cols: int, side: int) -> np.ndarray:
-    """Images [n c h w], grey or colour, in rows of n_cols square cells on white: [H W 3]."""
-    images = F.interpolate(images.detach().float().cpu(), (side, side), mode="nearest-exact")
-    grid = make_grid(images.clamp(0, 1), n_cols, padding=2, pad_value=1)
-    return rearrange(grid, "c h w -> h w c").numpy()
-
-
-def _save_canvases(path, rows) -> None:
-    """PNG of rows of (title, canvas [H W 3]), all to one scale."""
-    from matplotlib.figure import Figure                                    # no display, no pyplot
-    wide = max(sum(c.shape[1] for _, c in row) for row in rows)
-    figure = Figure(figsize=(wide / 100, sum(r[0][1].shape[0] + 25 for r in rows) / 100), dpi=150,
-                    layout="constrained")
-    blocks = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    for block, row in zip(blocks, rows):
-        axes = block.subplots(1, len(row), width_ratios=[c.shape[1] for _, c in row], squeeze=False)
-        for ax, (title, canvas) in zip(axes[0], row):
-            ax.imshow(canvas)
-            ax.set_title(title, fontsize=8)
-            ax.axis("off")
+# ---- Pictures, of rank 0 -------------------------------------------------------------------------
+def _save_rows(path, rows: list[list[tuple]], reach: float = 1.0) -> None:
+    """PNG of rows of (title, content), all to one scale; content: an image [3 h w], a density [y x]
+    on [-reach, reach]^2, or draw(axes)."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    sizes = [[(220, 330) if callable(c) else c.shape[-2:] for _, c in row] for row in rows]
+    heights = [30 + max(h for h, _ in row) for row in sizes]    # 30: the title
+    width = max(sum(w for _, w in row) for row in sizes)
+    figure = Figure((width / 100, sum(heights) / 100), dpi=150, layout="constrained")
+    blocks = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for block, row, size in zip(blocks, rows, sizes):
+        all_axes = block.subplots(1, len(row), width_ratios=[w for _, w in size], squeeze=False)
+        for axes, (title, content) in zip(all_axes[0], row):
+            axes.set_title(title, fontsize=8)
+            if callable(content):
+                content(axes)
+                if len(axes.get_legend_handles_labels()[1]) > 1:
+                    axes.legend(fontsize=7, frameon=False)
+            elif content.ndim == 2:
+                axes.imshow(content.cpu().numpy(), origin="lower", extent=[-reach, reach] * 2)
+            else:
+                axes.imshow(content.permute(1, 2, 0).numpy())
+                axes.axis("off")
     figure.savefig(path)
+
+
+def _tile(images: Tensor, n_cols: int, side: int = 64) -> Tensor:
+    """Images [n c h w], grey or colour, in rows of n_cols square cells on white: [3 H W]."""
+    images = F.interpolate(images.detach().float().cpu(), (side, side), mode="nearest-exact")
+    return make_grid(images.clamp(0, 1), n_cols, padding=2, pad_value=1)
 
 
 def save_grid(path, images: Tensor, n_cols: int, title: str | None = None) -> None:
     """PNG of images [n c h w] in [0, 1], n_cols a row."""
-    _save_canvases(path, [[(title or "", _tile(images, n_cols, 64))]])
+    _save_rows(path, [[(title or "", _tile(images, n_cols))]])
 
 
 def save_joint_grid(path, samples: dict[str, Tensor]) -> None:
     """PNG with a row per modality [n c h w]; column i is one joint sample."""
-    _save_canvases(path, [[(m, _tile(x, len(x), 64))] for m, x in samples.items()])
+    _save_rows(path, [[(m, _tile(x, len(x)))] for m, x in samples.items()])
 
 
 def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[str, Tensor]]):
     """PNG with a row of pictures per source m: given[m] [r c h w] as a column, and beside each item
     its k samples generated[m][t] [r k c h w] of every target t."""
-    _save_canvases(path, [
-        [(f"{m}, given", _tile(x, 1, 64))]
-        + [(t, _tile(g.flatten(0, 1), g.shape[1], 64)) for t, g in generated[m].items()]
-        for m, x in given.items()])
+    def columns(m):
+        return [(t, _tile(x.flatten(0, 1), x.shape[1])) for t, x in generated[m].items()]
+    _save_rows(path, [[(f"{m}, given", _tile(x, 1)), *columns(m)] for m, x in given.items()])
 
 
 def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4) -> None:
@@ -480,33 +504,14 @@ def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4)
 
 def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: float) -> None:
     """PNG of rows that begin with an image [c h w]; then densities [y x] on [-reach, reach]^2."""
-    def draw(cell):
-        if cell.ndim == 3:
-            return lambda axes: (axes.imshow(_tile(cell[None], 1, 64)), axes.axis("off"))
-        return lambda axes: axes.imshow(cell.cpu(), origin="lower", extent=[-reach, reach] * 2)
-    cells = [(titles[j], "", draw(cell)) for row in rows for j, cell in enumerate(row)]
-    _save_panels(path, cells, len(titles))
-
-
-def _save_panels(path, panels: list[tuple], n_cols: int = 4) -> None:
-    """PNG with a panel per (title, x label, draw(axes)), n_cols a row."""
-    from matplotlib.figure import Figure
-    n_rows, n_cols = -(-len(panels) // n_cols), min(n_cols, len(panels))
-    figure = Figure(figsize=(3.4 * n_cols, 2.5 * n_rows), dpi=100, layout="constrained")
-    for i, (title, x_label, draw) in enumerate(panels):
-        axes = figure.add_subplot(n_rows, n_cols, i + 1, xlabel=x_label)
-        draw(axes)
-        axes.set_title(title, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path)
+    rows = [[cell if cell.ndim == 2 else _tile(cell[None], 1, 200) for cell in row] for row in rows]
+    _save_rows(path, [list(zip(titles, row)) for row in rows], reach)
 
 
 def plot_curves(path, metrics_jsonl_path) -> None:
     """PNG with a panel per metric logged with a step, the first 24; a line per stage and split."""
-    curves = {}
-    for row in map(json.loads, Path(metrics_jsonl_path).read_text().splitlines()):
+    curves, log = {}, Path(metrics_jsonl_path)
+    for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
         line = " ".join(str(row[key]) for key in ("stage", "split") if key in row)
         for key in row.keys() - {"step", "epoch", "stage", "split", "wall_s"}:
             if "step" in row and not isinstance(row[key], str):
@@ -514,29 +519,10 @@ def plot_curves(path, metrics_jsonl_path) -> None:
 
     def draw(lines):
         return lambda axes: [axes.plot(*zip(*points), label=name) for name, points in lines.items()]
-    if curves:
-        _save_panels(path, [(key, "step", draw(curves[key])) for key in sorted(curves)[:24]])
-
-
-def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None) -> dict:
-    """Diagnostics of chains [n c d], c chains a coordinate; diagnostics.png at path.
-
-    r_hat, r_hat_95 (median and 95th percentile over coordinates), ess_per_step (mean, over the
-    number of draws), autocorrelation_time (mean, in steps); accept_rate is drawn in the title.
-    energy [n c] is drawn if given.
-    """
-    r_hat, size, rho = split_r_hat(chains), ess(chains) / math.prod(chains.shape[:2]), \
-        autocorrelation(chains).mean(1)
-    panels = [("split R-hat", "", lambda axes: axes.hist(r_hat[r_hat.isfinite()].cpu(), 40)),
-              ("autocorrelation, mean", "lag", lambda axes: axes.plot(rho[:len(rho) // 2].cpu())),
-              (f"first coordinate, accept rate {float(accept_rate):.2f}", "step",
-               lambda axes: axes.plot(chains[:, :, 0].cpu(), linewidth=0.6))]
-    if energy is not None:
-        panels.append(("energy", "step", lambda axes: axes.plot(energy.cpu(), linewidth=0.6)))
-    _save_panels(path, panels)
-    return {"r_hat": r_hat.nanmedian().item(), "r_hat_95": r_hat.nanquantile(0.95).item(),
-            "ess_per_step": size.nanmean().item(),
-            "autocorrelation_time": (1 / size).nanmean().item()}
+    panels = [(f"{key} by step", draw(curves[key])) for key in sorted(curves)[:24]]
+    panels += [("", lambda axes: axes.axis("off"))] * (-len(panels) % 4)
+    if panels:
+        _save_rows(path, [panels[i:i + 4] for i in range(0, len(panels), 4)])
 
 
 # ---- Command line, seed, ranks -------------------------------------------------------------------
@@ -555,11 +541,12 @@ def number(kind, low=None, high=None, open_low: bool = False):
 
     def parse(text: str):
         value = kind(text)
-        if not (low < value or low == value and not open_low) or value > high or value == math.inf:
+        fits = low <= value <= high and not (open_low and value == low)     # nan fits nowhere
+        if not fits or abs(value) == math.inf:
             allowed = f"{'(' if open_low else '['}{low}, {high}]"
             raise argparse.ArgumentTypeError(f"{text} is outside {allowed}")
         return value
-    parse.__name__ = kind.__name__                                          # "invalid int value"
+    parse.__name__ = kind.__name__                              # "invalid int value"
     return parse
 
 
@@ -598,10 +585,8 @@ def peek(parser: argparse.ArgumentParser, argv: list[str] | None, flag: str):
 
 @torch.no_grad()
 def mean_over(metrics, batches, device: torch.device, seed: int = 0) -> dict[str, float]:
-    """Means over items of metrics(batch) -> {name: mean over the batch []}, batches of dicts.
-
-    The noise is the same each time and does not touch the caller's random state.
-    """
+    """Means over items of metrics(batch) -> {name: mean over the batch []}, batches of dicts. The
+    noise is the same each time and does not touch the caller's random state."""
     sums, n = {}, 0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -657,6 +642,11 @@ def atomic_write(path):
         tmp.unlink(missing_ok=True)
 
 
+def _write_json(path, value) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, default=str).encode())
+
+
 def _read(path) -> dict:
     """What torch.save wrote: tensors and plain values, on the CPU. RunError: missing or broken."""
     try:
@@ -671,40 +661,43 @@ def _plain(value):
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
-class Run:
+class Run(AbstractContextManager):
     """Log, checkpoint and signals of a run, from `open_run`. Every rank has one, rank 0 writes."""
 
     def __init__(self, args, script: str, device: torch.device, rank: int, world: int):
         self.args, self.script, self.device = args, script, device
         self.rank, self.world = rank, world
         self.dir = Path(args.out_dir) / script / args.dataset / str(args.seed)
-        self.stop_requested = self._signal = 0                              # the signal's number
-        self._start = self._saved = time.monotonic()
+        self.stop_requested = self._signal = self.rollbacks = 0             # the signal's number
+        self._start = self._saved = self._synced = time.monotonic()
+        self._calls, self._sync_every = 0, 1                                # of checkpoint_due
         self._stage = self._lock = self._log = None
-        self._handlers, self._about, self.rollbacks = {}, {}, 0
-
-    def __enter__(self):
-        return self
+        self._handlers, self._about = {}, {}
 
     def __exit__(self, *_):
         self.close()
 
     def say(self, text: str) -> None:
-        """A line on the console."""
         if self.rank == 0:
             print("\r\x1b[K" * sys.stdout.isatty() + text, flush=True)     # over a live line
 
     def start(self, model: nn.Module) -> None:
-        """Say what runs, and how large each part of the model is; note that in config.json too."""
+        """Once the model is built, before training: say what runs and how large its parts are, also
+        in config.json. From here on each rank has random numbers of its own."""
+        self._part_noise()
         sizes = {name: sum(p.numel() for p in part.parameters())
                  for name, part in model.named_children()}
         parts = "  ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
         self.say(f"{self.script}  {self.args.dataset}  seed {self.args.seed}  "
                  f"{self._about['device']}  {self.dir}\nparameters: {parts}")
         if self.rank == 0 and not self.args.eval_only:
-            config = json.loads((self.dir / "config.json").read_text()) | {"parameters": sizes}
-            with atomic_write(self.dir / "config.json") as file:
-                file.write(json.dumps(config, indent=1).encode())
+            path = self.dir / "config.json"
+            _write_json(path, json.loads(path.read_text()) | {"parameters": sizes})
+
+    def _part_noise(self) -> None:
+        """Reseed all ranks but 0, whose stream stays as it is."""
+        if self.rank:
+            torch.manual_seed(torch.randint(2**40, ()).item() + self.rank)
 
     def progress(self, stage, epoch, n_epochs, step, total, batch_size, **metrics) -> None:
         """Where the run is: a live line on a terminal, elsewhere a line every 15 s."""
@@ -738,19 +731,24 @@ class Run:
         return time.monotonic() - self._start
 
     def checkpoint_due(self) -> bool:
-        """Is --ckpt_minutes over, or the run to stop? Call it in each step, on every rank."""
-        due = time.monotonic() - self._saved >= 60 * self.args.ckpt_minutes
-        if self.world > 1:                                                  # all ranks stop at once
-            flags = torch.tensor([due, self._signal], device=self.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            due, self.stop_requested = flags.tolist()
+        """Is --ckpt_minutes over, or the run to stop? Call it in each step, on every rank. Ranks
+        agree about it once a second or every tenth call, whichever comes first."""
+        now = time.monotonic()
+        due, self._calls = now - self._saved >= 60 * self.args.ckpt_minutes, self._calls + 1
+        if self.world > 1:
+            if self._calls < self._sync_every:
+                return False
+            pace = (now - self._synced) / self._calls                       # seconds a call
+            flags = torch.tensor([due, self._signal, pace], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)                       # the slowest rank's
+            due, self.stop_requested, pace = flags[0].item(), int(flags[1]), flags[2].item()
+            self._calls, self._synced = 0, now
+            self._sync_every = max(1, min(10, int(1 / max(pace, 0.1))))
         return bool(due or self.stop_requested)
 
     def save(self, state: dict) -> None:
-        """checkpoint.pt: state (tensors, state_dicts, numbers, strings) and what a resume needs.
-
-        OSError, in a line, if it cannot be written; the earlier checkpoint is then still there.
-        """
+        """checkpoint.pt: state (tensors, state_dicts, numbers, strings) and what a resume needs. If
+        it cannot be written, OSError, and the earlier one is still there."""
         self._saved, log = time.monotonic(), self.dir / "metrics.jsonl"
         name, keys, *rest = np.random.get_state()
         rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
@@ -765,11 +763,9 @@ class Run:
                             "rollbacks": self.rollbacks, "wall_s": self.wall_s()}, file)
 
     def load(self, path=None, free: tuple[str, ...] = ()) -> dict:
-        """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none.
-
-        Flags other than RUN_FLAGS and free must be the checkpoint's. Unless --eval_only the run
-        goes on from there: random states, log and wall clock are set back.
-        """
+        """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none,
+        or has other flags (RUN_FLAGS and `free` may differ). Unless --eval_only the run goes on
+        from there: random states, log and wall clock are set back."""
         own = self.dir / "checkpoint.pt"
         path, log = Path(path or own), self.dir / "metrics.jsonl"
         kept = _read(path)
@@ -780,27 +776,25 @@ class Run:
             if flag not in (*RUN_FLAGS, *free) and given.get(flag) != value:
                 raise RunError(f"{path} was made with --{flag} {value}, not {given.get(flag)}: "
                                "give the same flags, or train anew with another --out_dir")
-        if not self.args.eval_only:
-            self.rollbacks = kept.get("rollbacks", 0)
-            random.setstate(kept["rng"]["python"])
-            np.random.set_state(kept["rng"]["numpy"])
-            torch.set_rng_state(kept["rng"]["torch"])
-            if self.device.type == "cuda" and "cuda" in kept["rng"]:
-                torch.cuda.set_rng_state(kept["rng"]["cuda"], self.device)
-            if self.rank:                                                   # noise of its own
-                torch.manual_seed(torch.randint(2**40, ()).item() + self.rank)
-            if path.resolve() == own.resolve():
-                self._start = time.monotonic() - kept["wall_s"]
-                if self.rank == 0 and log.exists():
-                    os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
+        if self.args.eval_only:
+            return kept["state"]
+        self.rollbacks, rng = kept.get("rollbacks", 0), kept["rng"]
+        random.setstate(rng["python"])
+        np.random.set_state(rng["numpy"])
+        torch.set_rng_state(rng["torch"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self._part_noise()
+        if path.resolve() == own.resolve():
+            self._start = time.monotonic() - kept["wall_s"]
+            if self.rank == 0 and log.exists():
+                os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
         return kept["state"]
 
     def rollback(self, reason: str) -> dict:
         """The last checkpoint's state, with fresh noise, after chains diverged: a line of
-        metrics.jsonl. At the fourth time, or with nothing saved, FloatingPointError(reason).
-
-        All ranks must call it together; the caller loads the state and lowers a learning rate.
-        """
+        metrics.jsonl. At the fourth time, or with nothing saved, FloatingPointError. All ranks call
+        it together; the caller loads the state and lowers a learning rate."""
         self.rollbacks, path = self.rollbacks + 1, self.dir / "checkpoint.pt"
         if self.rollbacks > 3 or not path.exists():
             raise FloatingPointError(f"{reason}, after {self.rollbacks - 1} rollbacks")
@@ -823,8 +817,7 @@ class Run:
                   "metrics": finite, "note": dataset_note, "n": n, **extra,
                   "minutes": round(self.wall_s() / 60, 2), **self._about}
         if self.rank == 0:
-            with atomic_write(self.dir / "result.json") as file:
-                file.write(json.dumps(result, indent=1).encode())
+            _write_json(self.dir / "result.json", result)
             plot_curves(self.dir / "curves.png", self.dir / "metrics.jsonl")
         main = [key for key in metrics
                 if re.match("coherence_(joint|cross)|coherence_[^+]+_to|judge_", key)]
@@ -852,35 +845,28 @@ def _pick_device(name: str) -> torch.device:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if name == "auto" else name)
-    except RuntimeError:
-        raise RunError(f"--device {name}: give auto, cpu, cuda or cuda:<number>") from None
-    if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise RunError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError):                      # no such name, or no such GPU
+        raise RunError(f"--device {name} is not to be had: give auto, cpu, cuda or cuda:<number>, "
+                       f"number < {torch.cuda.device_count()}") from None
     return device
 
 
 def open_run(args, script_path, argv: list[str] | None = None) -> Run:
     """Claim and lock out_dir/<script>/<dataset>/<seed>; leave config.json and source.py there.
-
-    RunError: it is in use, or holds a run and none of --resume, --overwrite, --eval_only is given,
-    or holds nothing to resume. --overwrite removes RUN_FILES only.
-    """
-    run = Run(args, Path(script_path).stem, _pick_device(args.device), *distributed())
-    argv = sys.argv[1:] if argv is None else argv
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, cwd=Path(script_path).resolve().parent, capture_output=True,
-                                check=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):                        # not a git checkout
-        commit = None
+    RunError if it is in use, or the flags do not fit what it holds."""
+    script, argv = Path(script_path).resolve(), sys.argv[1:] if argv is None else argv
+    run = Run(args, script.stem, _pick_device(args.device), *distributed())
+    git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    found = shutil.which("git") and subprocess.run(git, cwd=script.parent, capture_output=True,
+                                                   text=True).stdout.strip()
     gpu = run.device.type == "cuda"
     run._about = {"device": torch.cuda.get_device_name(run.device) if gpu else "cpu",
-                  "torch": torch.__version__, "commit": commit,
-                  "command": " ".join(["python", Path(script_path).name, *argv])}
+                  "torch": torch.__version__, "commit": found or None,
+                  "command": " ".join(["python", script.name, *argv])}
     if run.rank == 0:
         try:
             _claim(run)
@@ -888,20 +874,19 @@ def open_run(args, script_path, argv: list[str] | None = None) -> Run:
             run.close()
             raise
         if not (args.eval_only and (run.dir / "config.json").exists()):
-            config = vars(args) | {"argv": argv, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-            with atomic_write(run.dir / "config.json") as file:
-                file.write(json.dumps(config | {"run": run._about}, indent=1, default=str).encode())
-            shutil.copyfile(script_path, run.dir / "source.py")
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            run._handlers[number] = signal.signal(number, run._on_signal)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            _write_json(run.dir / "config.json",
+                        vars(args) | {"argv": argv, "started": started, "run": run._about})
+            shutil.copyfile(script, run.dir / "source.py")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run._handlers[number] = signal.signal(number, run._on_signal)
     return run
 
 
 def _claim(run: Run) -> None:
-    """Lock the folder, then empty or refuse it, as the flags say."""
+    """Lock the folder, then refuse it or, for --overwrite, remove RUN_FILES, and nothing else."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    run._lock = open(run.dir / ".lock", "a")                                # freed even by kill -9
+    run._lock = open(run.dir / ".lock", "a")                    # freed even by kill -9
     try:
         fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

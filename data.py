@@ -7,7 +7,9 @@
 generated: synth_mnist_svhn (mnist 1x28x28, svhn 3x32x32), synth_mnist, synth_svhn (one of them),
     synth_polymnist (m0, m1, .. 3x28x28), shapes (circle, square 1x32x32)
 from files: mnist_svhn (mnist, svhn); polymnist, translated_polymnist (m0 .. m4), polymnist10;
-    mnist, fashion_mnist, svhn, cifar10; celeba (image 3x64x64, attributes 40); paired (your own)
+    mnist, fashion_mnist, svhn, cifar10; celeba (image 3x64x64, attributes 40); celebamask_hq
+    (image 3x128x128, mask 1x128x128, attributes 18); cub (image 3x64x64, caption of 32 tokens);
+    paired (your own)
 
 Files <name>_<train|test>.npz in data_dir stand in for downloads: x [n h w c] uint8, y [n] and, if
 any, attributes and note; for "paired" one uint8 array [n h w c] or [n h w] a modality, y, note. val
@@ -17,9 +19,11 @@ import contextlib
 import gzip
 import math
 import os
+import re
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,10 +45,12 @@ OFFICIAL = {"polymnist": "MMNIST", "polymnist10": "Upd10MMNIST",    # folders of
             "translated_polymnist": "Translated_MMNIST_scale_75_translated_True"}
 TWINS = {"mnist": "synth_mnist", "fashion_mnist": "synth_mnist", "mnist_svhn": "synth_mnist_svhn",
          **dict.fromkeys(("svhn", "cifar10", "celeba"), "synth_svhn"),
-         **dict.fromkeys(OFFICIAL, "synth_polymnist"), "paired": "synth_mnist_svhn"}
+         **dict.fromkeys(OFFICIAL, "synth_polymnist"), "celebamask_hq": "synth_polymnist",
+         **dict.fromkeys(("cub", "paired"), "synth_mnist_svhn")}
 SYNTHETIC = {"synth_mnist_svhn": ("mnist", "svhn"), "synth_mnist": ("mnist",),
              "synth_svhn": ("svhn",), "shapes": ("circle", "square"),
              "synth_polymnist": tuple(f"m{i}" for i in range(16))}
+FACE = (4, 5, 8, 9, 11, 12, 15, 17, 18, 20, 21, 22, 26, 28, 31, 32, 33, 35)    # of 40 attributes
 SYNTHETIC_VERSION = 10                      # raise it when the same seed gives other images
 NAMES = (*SYNTHETIC, *TWINS)
 
@@ -63,7 +69,8 @@ class Dataset:
     split: str
     note: str = ""                  # what is not standard about these bytes
     rows: dict[str, Tensor] | None = None       # {m: [n]}: pools of unequal size
-    pool_y: dict[str, Tensor] | None = None     # {m: [p]}, given together with rows
+    pool_y: dict[str, Tensor] | None = None     # {m: [p]}, of rows that are paired by class
+    words: tuple[str, ...] = ()     # text: the word of each token
     source: dict[str, str] = field(default_factory=dict)    # feature: the modality it belongs to
 
     def __len__(self) -> int:
@@ -105,7 +112,7 @@ class Dataset:
 
     def modality(self, m: str) -> tuple[Tensor, Tensor | None]:
         """Every image of m once, with its labels: what a classifier of m trains on."""
-        return self.x[m], self.y if self.rows is None else self.pool_y[m]
+        return self.x[m], self.pool_y[m] if self.pool_y else self.y
 
     def attach(self, prefix: str, features: dict[str, Tensor]) -> "Dataset":
         """With entries <prefix>_<m>: features[m] [p f], one for each row of the pool of m."""
@@ -119,8 +126,8 @@ class Dataset:
 
 
 def redraw(dataset: Dataset, generator: torch.Generator) -> Dataset:
-    """A new same-class pairing of a training set with rows; any other data set as it is."""
-    if dataset.rows is None or dataset.split != "train":
+    """A new same-class pairing of a training set with pool_y; any other data set as it is."""
+    if dataset.pool_y is None or dataset.split != "train":
         return dataset
     rows = {m: _draw(dataset.y.cpu(), dataset.pool_y[m].cpu(), generator).to(dataset.y.device)
             for m in dataset.rows}
@@ -176,6 +183,10 @@ def load(name: str, split: str, data_dir="datasets", n: int | None = None, n_mod
             return _mnist_svhn(split, data_dir, n, seed, pairings)
         if name in OFFICIAL:
             return _polymnist(name, split, data_dir, n)
+        if name == "celebamask_hq":
+            return _celebamask_hq(split, data_dir, n)
+        if name == "cub":
+            return _cub(split, data_dir, n)
         return _from_files(name, split, data_dir, n)
     except DataError as error:
         raise DataError(f"{name}: {error}; {TWINS[name]} needs no files") from error
@@ -433,6 +444,85 @@ def _official_polymnist(folder: Path, names: list[str]) -> tuple[dict[str, Tenso
     place = F.one_hot(y, 10).cumsum(0)[torch.arange(len(y)), y]             # 1, 2, .. of its class
     order = torch.argsort(10 * place + y)
     return {m: v[order] for m, v in x.items()}, y[order]
+
+
+def _resized(paths: list[Path], size: int, antialias: bool) -> Tensor:
+    """Pictures as [n 3 size size] uint8, bilinear."""
+    x = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    for row, path in zip(x, paths):
+        small = F.interpolate(_picture(path)[None].float(), (size, size), mode="bilinear",
+                              antialias=antialias)
+        row[:] = small[0].round()
+    return x
+
+
+def _celebamask_hq(split: str, data_dir: Path, n: int | None) -> Dataset:
+    """From <data_dir>/CelebAMask-HQ, as the paper's code lays it out: <train|val|test>_img/<k>.jpg,
+    <train|val|test>_mask/<k>.png (white: any part but the skin) and the official attribute file;
+    resized without antialiasing, so that the masks' edges are grey. 64 kB an item.
+
+    celebamask_<train|test>.npz (x, mask: 19 classes, 0 the ground, 1 the skin) has no attributes.
+    """
+    part, folder = "test" if split == "test" else "train", data_dir / "CelebAMask-HQ"
+    path, names = data_dir / f"celebamask_{part}.npz", folder / "CelebAMask-HQ-attribute-anno.txt"
+    kinds = {"image": "image", "mask": "image", "attributes": "binary"}
+    if path.exists():
+        arrays = _read_npz(path)
+        image, mask = arrays.get("x", np.empty(0)), arrays.get("mask", np.empty(0))
+        _require(image.dtype == mask.dtype == np.uint8 and len(image) > 0
+                 and image.shape == (*mask.shape, 3) and mask.shape[1:] == (128, 128),
+                 f"{path} must hold uint8 x [n 128 128 3] and mask [n 128 128]")
+        x = {"image": torch.from_numpy(image).permute(0, 3, 1, 2).contiguous(),
+             "mask": torch.from_numpy(255 * (mask > 1).astype(np.uint8)[:, None])}
+        note = str(arrays.get("note", ""))
+        return _split(Dataset(x, None, {m: kinds[m] for m in x}, "celebamask_hq", split, note), n)
+    files = [file for file in (folder / f"{split}_img").glob("*.jpg") if file.stem.isdigit()]
+    files = sorted(files, key=lambda file: int(file.stem))[:n]
+    _require(len(files) > 0 and names.exists(),
+             f"found neither {path} nor, in {folder}, {split}_img/*.jpg and {names.name} "
+             "(github.com/switchablenorms/CelebAMask-HQ)")
+    lines = names.read_text().splitlines()          # count, names, then a line for each image
+    _require(max(int(file.stem) for file in files) + 2 < len(lines), f"{names} is truncated")
+    rows = [lines[int(file.stem) + 2].split()[1:] for file in files]
+    _require(all(len(row) == 40 for row in rows), f"{names} must have 40 values a line")
+    masks = [folder / f"{split}_mask" / f"{file.stem}.png" for file in files]
+    x = {"image": _resized(files, 128, False), "mask": _resized(masks, 128, False)[:, :1].clone(),
+         "attributes": torch.tensor([[row[i] == "1" for i in FACE] for row in rows]).byte()}
+    return Dataset(x, None, kinds, "celebamask_hq", split)
+
+
+def _cub(split: str, data_dir: Path, n: int | None) -> Dataset:
+    """CUB with captions in the layout of the MMVAE release: in <data_dir>/cub, pictures
+    <train|test>/<class>/*.jpg and text_<trainval|test>classes.txt, ten lines for each picture in
+    the order of the paths.
+
+    A tuple is a caption and its image. Captions are cut or padded to 32 tokens with <eos> among
+    them; words that occur up to three times in the training captions are <exc>. The test birds are
+    of other classes. n counts images. 12 kB an image, minutes to decode.
+    """
+    part, folder = "test" if split == "test" else "train", data_dir / "cub"
+    texts = {"train": folder / "text_trainvalclasses.txt", "test": folder / "text_testclasses.txt"}
+    for path in (folder / part, *texts.values()):
+        _require(path.exists(), f"{path} is missing (github.com/iffsid/mmvae)")
+    captions = {key: [re.findall(r"\w+|[^\w\s]", line) for line in path.read_text().splitlines()
+                      if line.strip()] for key, path in texts.items()}
+    files = sorted((folder / part).glob("*/*.jpg"))
+    _require(len(files) > 0 and len(captions[part]) == 10 * len(files),
+             f"{texts[part]} must hold ten captions for each of the {len(files)} images")
+    count = Counter(word for caption in captions["train"] for word in caption)
+    words = ("<exc>", "<pad>", "<eos>", *(word for word, times in count.items() if times > 3))
+    token = {word: i for i, word in enumerate(words)}
+    tokens = torch.ones(len(captions[part]), 32, dtype=torch.long)
+    for row, caption in zip(tokens, captions[part]):
+        ids = [token.get(word, 0) for word in caption[:31]] + [2]
+        row[:len(ids)] = torch.tensor(ids)
+    classes = sorted({file.parent for file in files})
+    y = torch.tensor([classes.index(file.parent) for file in files])        # for the split only
+    x = {"image": _resized(files, 64, True), "caption": tokens.reshape(-1, 10, 32)}
+    found = _split(Dataset(x, y, {"image": "image", "caption": "text"}, "cub", split), n)
+    rows = torch.arange(10 * len(found))
+    return replace(found, x=found.x | {"caption": found.x["caption"].flatten(0, 1)}, y=None,
+                   rows={"image": rows // 10, "caption": rows}, words=words)
 
 
 # ---- Generated sets ----------------------------------------------------------------------------

@@ -132,6 +132,9 @@ def test_judges_learn_are_cached_and_leave_the_random_state_alone(tmp_path, monk
         file.write_bytes(file.read_bytes()[:1000])                               # truncated
     again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
     assert len(trained) == 1 and torch.equal(again["b"](x)[0], logits)           # the same judge
+    wrong = data.Dataset(**vars(test) | {"y": 1 - test.y})                       # other test data
+    again = common.load_judges(train, wrong, tmp_path / "judges", "cpu", lines.append)
+    assert len(trained) == 1 and again["b"].accuracy == 0.0
     common.load_judges(train.head(390), test, tmp_path / "judges", "cpu", lines.append)
     assert len(trained) == 2                                                     # other data
 

@@ -434,3 +434,69 @@ def test_official_polymnist_layouts(layout, tmp_path):
     next(folder.glob("m3.pt") if layout == "pt" else (folder / "m3").glob("*.png")).unlink()
     with pytest.raises(DataError, match="MMNIST/train"):
         load("polymnist", "train", tmp_path)
+
+
+# ---- Faces with masks, birds with captions -------------------------------------------------------
+def test_celebamask_from_a_folder_and_from_npz(tmp_path):
+    folder = tmp_path / "CelebAMask-HQ"
+    signs = np.where(np.random.default_rng(0).integers(0, 2, (12, 40)), 1, -1)
+    rows = [f"{i}.jpg  " + " ".join(map(str, row)) for i, row in enumerate(signs)]
+    for split in ("train", "val"):
+        for kind in ("img", "mask"):
+            (folder / f"{split}_{kind}").mkdir(parents=True)
+    for i in range(12):
+        split = "val" if i == 11 else "train"
+        Image.fromarray(np.full((256, 256, 3), 20 * i, np.uint8)).save(
+            folder / f"{split}_img" / f"{i}.jpg", quality=100)
+        half = np.zeros((512, 512), np.uint8)
+        half[:, :20 * i] = 255
+        Image.fromarray(half).save(folder / f"{split}_mask" / f"{i}.png")
+    with pytest.raises(DataError, match="attribute-anno.txt"):
+        load("celebamask_hq", "train", tmp_path)
+    (folder / "CelebAMask-HQ-attribute-anno.txt").write_text("12\nnames\n" + "\n".join(rows))
+    d = load("celebamask_hq", "train", tmp_path)
+    assert d.shapes == {"image": (3, 128, 128), "mask": (1, 128, 128), "attributes": (18,)}
+    assert len(d) == 11 and len(load("celebamask_hq", "val", tmp_path)) == 1 and d.y is None
+    assert d.x["image"][:, 0, 5, 5].tolist() == [20 * i for i in range(11)]      # 10 after 9
+    assert torch.equal(d.x["mask"][:, 0, 9].float().mean(1), torch.arange(11) * 5 * 255 / 128)
+    assert (d.x["attributes"][:, 9].numpy() == (signs[:11, 20] == 1)).all()      # Male
+    (folder / "train_mask" / "3.png").unlink()
+    with pytest.raises(DataError, match="3.png"):
+        load("celebamask_hq", "train", tmp_path)
+    index = np.arange(20 * 128 * 128, dtype=np.int64).reshape(20, 128, 128) % 19
+    np.savez(tmp_path / "celebamask_train.npz", x=images(20, 128, 128, 3), mask=index.astype("u1"))
+    d = load("celebamask_hq", "train", tmp_path)
+    assert d.shapes == {"image": (3, 128, 128), "mask": (1, 128, 128)} and len(d) == 18
+    assert torch.equal(d.take(slice(2))["mask"][:, 0], torch.from_numpy(index[:2] > 1).float())
+
+
+def test_cub_pairs_each_caption_with_its_image(tmp_path):
+    cub = tmp_path / "cub"
+    for part, text in (("train", "trainval"), ("test", "test")):
+        lines = []
+        for i in range(20):
+            folder = cub / part / f"{i // 10}.bird"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((80, 90, 3), 10 * i, np.uint8)).save(folder / f"{i:02}.jpg")
+            lines += [f"bird n{i} , word{k} {'long ' * 40 * (k == 9)}" for k in range(10)]
+        (cub / f"text_{text}classes.txt").write_text("\n".join(lines))
+    train, val, test = (load("cub", split, tmp_path) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (180, 20, 200) and train.y is None
+    assert train.shapes == {"image": (3, 64, 64), "caption": (32,)} and train.words == test.words
+    assert train.kinds["caption"] == "text" and train.words[:5] == (
+        "<exc>", "<pad>", "<eos>", "bird", "n0")
+    for x in batches(train, 50, torch.Generator().manual_seed(0)):
+        assert x["caption"].dtype == torch.int64
+        for image, tokens in zip(x["image"], x["caption"]):
+            said = [train.words[i] for i in tokens]
+            assert said[1] == f"n{round(255 * image.mean().item() / 10)}"
+            assert said[4:] == ["<eos>"] + ["<pad>"] * 27 or said[4:] == ["long"] * 27 + ["<eos>"]
+    assert not set(train.x["image"].flatten().tolist()) & set(val.x["image"].flatten().tolist())
+    assert redraw(train, torch.Generator()) is train
+    assert len(load("cub", "train", tmp_path, n=10)) == 90
+    rare = cub / "text_trainvalclasses.txt"
+    rare.write_text(rare.read_text().replace("n7", "seldom", 3))
+    assert "seldom" not in load("cub", "test", tmp_path).words
+    rare.write_text("one line")
+    with pytest.raises(DataError, match="ten captions"):
+        load("cub", "train", tmp_path)

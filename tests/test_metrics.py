@@ -40,6 +40,28 @@ def test_feature_stats_of_batches_do_not_cancel():
     np.testing.assert_allclose(cov, np.cov(x.T), rtol=1e-6)
 
 
+def test_precision_and_recall_of_points_on_a_line(monkeypatch):
+    real = torch.arange(10.0)[:, None]                          # k = 3: inner balls reach 2, ends 3
+    fake = torch.tensor([[0.5], [4.2], [-2.9], [-3.1], [12.1], [50.0]])
+    got = common.precision_recall(real, fake, k=3)
+    assert got["precision"] == pytest.approx(3 / 6)             # 0.5, 4.2 and -2.9
+    assert common.precision_recall(fake, real, 3)["recall"] == got["precision"]
+    near = torch.tensor([[2.0], [2.1], [2.2], [2.3]])           # k = 1: balls reach 0.1
+    assert common.precision_recall(real, near, 1) == {"precision": 1.0, "recall": 0.1}
+    big = torch.randn(2500, 8)                                  # several chunks
+    same = common.precision_recall(big, big.flip(0))
+    assert same == {"precision": 1.0, "recall": 1.0}
+    assert common.precision_recall(big, big + 100) == {"precision": 0.0, "recall": 0.0}
+
+
+def test_f1_is_the_mean_over_items():
+    predicted = torch.tensor([[0.9, 0.6, 0.2, 0.5], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    target = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]])
+    assert common.f1_score(predicted, target) == pytest.approx((2 / 4 + 1 + 0 + 0) / 4)
+    shaped = (x.reshape(4, 1, 2, 2) for x in (predicted > 0.5, target.bool()))
+    assert common.f1_score(*shaped) == pytest.approx(0.375)
+
+
 # ---- Ranking ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("levels", [3, 10**6])                  # many ties, none
 def test_ranking_equals_brute_force(levels):

@@ -29,7 +29,7 @@ def open_run(tmp_path):
         runs.append(common.open_run(Namespace(**args | flags), __file__, ["--seed", "0"]))
         return runs[-1]
     yield make
-    for run in runs:
+    for run in reversed(runs):
         run.close()
 
 
@@ -56,18 +56,20 @@ def start(body, folder, **env):
 
 # ---- Command line -------------------------------------------------------------------------------
 @pytest.mark.parametrize("flag, text", [
-    ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "2"),
+    ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "2"), ("--free", "-inf"),
     ("--n", "-1"), ("--n", "1.5"), ("--n", "x")])
 def test_number_refuses_what_is_out_of_range(flag, text, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=common.number(float, 0, 1, open_low=True))
     parser.add_argument("--n", type=common.number(int, 0))
-    assert parser.parse_args(["--lr", "1", "--n", "0"]) == Namespace(lr=1.0, n=0)
+    parser.add_argument("--free", type=common.number(float), default=-1.0)
+    assert parser.parse_args(["--lr", "1", "--n", "0"]) == Namespace(lr=1.0, n=0, free=-1.0)
     with pytest.raises(SystemExit):
-        parser.parse_args([flag, text])
+        parser.parse_args([f"{flag}={text}"])
     said = capsys.readouterr().err.splitlines()[-1]
     assert flag in said and text in said
-    assert "(0, 1]" in said if flag == "--lr" else "int" in said or "[0, inf]" in said
+    allowed = {"--lr": "(0, 1]", "--free": "[-inf, inf]", "--n": "[0, inf]"}[flag]
+    assert allowed in said or "invalid int" in said
 
 
 @pytest.mark.parametrize("error, code", [
@@ -168,6 +170,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(open_run, tmp_path, capsys):
 def test_log_refuses_what_is_not_finite(open_run):
     with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
         open_run().log(step=3, loss=torch.tensor(float("nan")))
+
+
+def test_a_run_that_logged_nothing_finishes(open_run, tmp_path):
+    open_run().save({"step": 3})
+    run = open_run(eval_only=True, out_dir=tmp_path / "new")    # --eval_only --checkpoint elsewhere
+    assert run.load(tmp_path / "test_run" / "toy" / "0" / "checkpoint.pt") == {"step": 3}
+    assert run.finish({"loss": 1.0}, "", 1) == {"loss": 1.0}
+    (run.dir / "metrics.jsonl").write_text("")
+    run.finish({"loss": 1.0}, "", 1)
+    assert not (run.dir / "curves.png").exists()
 
 
 def test_a_file_that_is_no_checkpoint_is_named(open_run, tmp_path):
@@ -286,6 +298,39 @@ def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
     assert [process.returncode for process in ranks] == [143, 143], said
     log = (tmp_path / "test_run" / "toy" / "0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["rank"] for line in log] == [0] and said[1][0] == ""
+
+
+def test_ranks_have_noise_of_their_own_share_the_model_and_sync_rarely(tmp_path):
+    body = """
+        dist = torch.distributed
+        def other(mine):
+            both = [torch.zeros(1), torch.zeros(1)]
+            dist.all_gather(both, mine)
+            return both[0] != both[1]
+        common.seed_everything(0)
+        net = torch.nn.Linear(1, 1)
+        before = torch.get_rng_state()
+        run.start(net)
+        assert torch.equal(before, torch.get_rng_state()) == (run.rank == 0)
+        assert not other(net.weight.detach()[0]) and other(torch.randn(1))
+        if run.rank:
+            common.save_grid(run.dir / "rank1.png", torch.rand(2, 1, 8, 8), 2)
+        reduce, count = dist.all_reduce, []
+        dist.all_reduce = lambda *a: (count.append(1), reduce(*a))
+        for step in range(100):
+            if run.rank and step == 50:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if run.checkpoint_due():
+                break
+        assert 50 <= step < 60 and len(count) <= 10, (step, len(count))
+        assert run.stop_requested == signal.SIGTERM
+        run.stop()"""
+    port = str(random.randint(20_000, 50_000))
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(body, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+    said = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [143, 143], said
+    assert not (tmp_path / "test_run" / "toy" / "0" / "rank1.png").exists()
 
 
 def test_rollback_returns_the_last_checkpoint_three_times_then_stops(open_run, tmp_path):
