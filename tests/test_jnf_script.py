@@ -18,7 +18,7 @@ import jnf
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "3", "--hmc_adapt", "3",
         "--batch_size", "32", "--epochs_shared", "3", "--epochs_joint", "3", "--epochs_flow", "3",
-        "--log_every", "1", "--eval_batch", "64"]
+        "--log_every", "1", "--eval_batch", "64", "--n_eval", "100", "--n_leapfrog", "2"]
 
 
 @pytest.fixture
