@@ -615,6 +615,14 @@ def distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def any_rank(flag: Tensor, world: int) -> bool:
+    """Is the flag [] set on any rank? The same answer on all of them."""
+    flag = flag.float()
+    if world > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def average_gradients(parameters, world: int) -> None:
     """Replace the gradients by their means over the ranks, in one all_reduce."""
     grads = [p.grad for p in parameters if p.grad is not None]
