@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure                            # no display, no pyplot
+from einops import rearrange
 from torch import Tensor, nn
 from torchvision.models.inception import Inception3
 from torchvision.utils import make_grid
