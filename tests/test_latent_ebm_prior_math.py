@@ -1,5 +1,4 @@
 """The latent EBM prior's densities, bounds, samplers and steps against closed forms."""
-import argparse
 import copy
 import math
 from types import SimpleNamespace
