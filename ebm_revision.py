@@ -39,6 +39,7 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
 import argparse
 import json
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -55,7 +56,8 @@ import data
 
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, z_steps=10, warmup=0,
-            lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)       # of the unimodal code
+            lr_ebm=1e-4,
+            lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)                    # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
@@ -81,8 +83,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
     flag("--sigma", type=number(float, 0, open_low=True), default=0.3, help="scale of p(x|z)")
     flag = p.add_argument_group("training").add_argument
-    flag("--epochs", type=number(int, 0), default=5)
-    flag("--warmup", type=number(int, 0), default=3, help="first epochs without the EBM")
+    flag("--epochs", type=number(int, 0), default=3)
+    flag("--warmup", type=number(int, 0), default=2, help="first epochs without the EBM")
     flag("--staged", action=switch, default=False, help="after warmup the EBM learns alone")
     flag("--max_steps", type=number(int, 0), default=0, help="0: epochs decide")
     flag("--batch_size", type=number(int, 1), default=64, help="over all processes")
@@ -648,7 +650,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate; returns the metrics of result.json."""
     args = parse_args(argv)
     if args.ablation:
-        return ablation(common.sys.argv[1:] if argv is None else argv, args)
+        return ablation(sys.argv[1:] if argv is None else argv, args)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
         sizes = {"train": args.n_train, "test": args.n_test}
