@@ -22,7 +22,7 @@ TINY = ["--z_dims", "4", "3", "2", "--width", "4", "--prior_hidden", "8", "--f_h
 VAE = ["--epochs_backbone", "2"]
 
 
-def no_picture(path, *_):
+def no_picture(path, *_, **__):
     Path(path).write_bytes(b"drawn in one test only: a picture takes a second")
 
 
@@ -30,8 +30,7 @@ def no_picture(path, *_):
 def folder(tmp_path, monkeypatch, request):
     """Small files, 120 train and 40 test; no judge is trained, no weights are looked for."""
     if "variational" not in request.node.name:
-        monkeypatch.setattr(common, "_save_canvases", no_picture)
-        monkeypatch.setattr(common, "_save_panels", no_picture)
+        monkeypatch.setattr(common, "_save_rows", no_picture)
     rng = np.random.default_rng(0)
     for name in ("fashion_mnist", "svhn", "cifar10"):
         side, channels = (28, 1) if name == "fashion_mnist" else (32, 3)
@@ -147,7 +146,7 @@ def script(arguments):
 STUB = """import common, joint_layer_ebm
 common.load_judges = lambda *_: {}
 common.load_inception = lambda *_: None
-common._save_canvases = common._save_panels = lambda *_: None
+common._save_rows = lambda *_, **__: None
 common.cli(joint_layer_ebm.main)
 """
 

@@ -18,7 +18,7 @@ import sbm_vae
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "4", "--width", "16", "--blocks", "1", "--batch_size", "32", "--epochs_ae", "3",
         "--epochs_score", "3", "--n_steps", "5", "--log_every", "1", "--eval_batch", "64",
-        "--curve", "4", "--n_curve", "8"]
+        "--curve", "4", "--n_curve", "8", "--n_eval", "32"]
 
 
 @pytest.fixture
