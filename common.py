@@ -919,3 +919,29 @@ def _claim(run: Run) -> None:
     if used and not (args.resume or args.overwrite or args.eval_only):
         raise RunError(f"{run.dir} holds a run: give --resume, --overwrite or --eval_only, or "
                        "another --seed or --out_dir")
+
+
+# added by sbm_vae
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> dict[str, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features [n f] and [m f].
+
+    Precision: the share of fake points in a ball around a real point that reaches to its k-th
+    nearest real neighbour. Recall: the same with the roles exchanged.
+    """
+    def share(points, centres):
+        radius = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values
+                            for part in centres.split(1000)])   # k + 1: each is its own nearest
+        inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+    real, fake = real.detach().double(), fake.detach().double()
+    return {"precision": share(fake, real), "recall": share(real, fake)}
+
+
+def f1_score(predicted: Tensor, target: Tensor) -> float:
+    """Mean over items of 2 TP / (2 TP + FP + FN); [b ...], an entry above 1/2 is a one.
+
+    An item without any ones, predicted or real, counts 0, as in scikit-learn.
+    """
+    predicted, target = predicted.flatten(1) > 0.5, target.flatten(1) > 0.5
+    ones = predicted.sum(1) + target.sum(1)
+    return (2 * (predicted & target).sum(1) / ones.clamp_min(1)).mean().item()
