@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--beta_max", type=number(float, 0, open_low=True), default=20.0)
     flag = p.add_argument_group("training").add_argument
     flag("--epochs_ae", type=number(int, 0), default=10)
-    flag("--epochs_score", type=number(int, 0), default=30)
+    flag("--epochs_score", type=number(int, 0), default=50)
     flag("--epochs_energy", type=number(int, 0), default=0, help="0: no guidance")
     flag("--batch_size", type=number(int, 1), default=128, help="over all processes")
     flag("--lr_ae", type=number(float, 0, open_low=True), default=2e-3)
@@ -866,7 +866,7 @@ def measure_conditional(generate, test: data.Dataset, judges, args, real) -> dic
 
 def compare_samplers(model: SBM, joint, generate, test: data.Dataset, judges, args, run,
                      real) -> dict[str, float]:
-    """Quality against network calls (--curve, shown in curves.png), and guidance (--guide_sweep)."""
+    """Quality against network calls (--curve, in curves.png), and guidance (--guide_sweep)."""
     metrics, test = {}, test.head(args.n_curve)
     for calls in args.curve:
         for name, n_steps in (("ode", calls), ("pc", calls // 2)):
