@@ -236,7 +236,7 @@ class Attributes(nn.Module):
             return nn.Sequential(*[m for a, b in zip(sizes, sizes[1:]) for m in
                                    (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())])
         self.n_features, self.body = 512, dense(n, 128, 256, 512, 512, 512)
-        self.head = nn.Sequential(dense(z_dim, 512, 512, 256, 128), nn.Linear(128, n))
+        self.head = nn.Sequential(dense(z_dim, 512, 512, 512, 256, 128), nn.Linear(128, n))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.body(x[:, 0])[:, None]

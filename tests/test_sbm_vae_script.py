@@ -1,0 +1,210 @@
+"""sbm_vae.py end to end through its command line: files, resume, ranks, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import sbm_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--z_dim", "4", "--width", "16", "--blocks", "1", "--batch_size", "32", "--epochs_ae", "3",
+        "--epochs_score", "3", "--n_steps", "5", "--log_every", "1", "--eval_batch", "64",
+        "--curve", "4", "--n_curve", "8"]
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 200), ("test", 30)):
+        shade = rng.integers(0, 255, (n, 1, 1, 1))
+        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
+                ((shade, 1), (255 - shade, 3)))
+        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
+    return tmp_path
+
+
+def flags(folder, *more):
+    return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
+            *TINY, *more]
+
+
+def script(arguments, **popen):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, "sbm_vae.py", *arguments], cwd=ROOT, env=env,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def lines(run_dir):
+    """metrics.jsonl without the wall clock."""
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
+
+
+def wait_for(process, path, text, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{text} did not come")
+
+
+def untrained_judges(train, test, *_):
+    torch.manual_seed(0)
+    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
+    for judge in judges.values():
+        judge.accuracy = 0.1
+    return judges
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+def test_four_modalities_with_judges_all_files_all_metrics_and_eval_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_judges", untrained_judges)
+    monkeypatch.setattr(common, "load_inception", lambda *_: None)
+    arguments = ["--n_train", "120", "--n_test", "24", "--data_dir", str(tmp_path), "--out_dir",
+                 str(tmp_path / "runs"), *TINY, "--epochs_energy", "1", "--guide_sweep", "0", "1"]
+    metrics = sbm_vae.main(arguments)
+    run_dir = tmp_path / "runs/sbm_vae/synth_polymnist/0"
+    for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
+                 "cross.png", "curves.png", "result.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert {"coherence_joint", "coherence_joint_independent", "coherence_joint_reconstructed",
+            "coherence_m0+m1+m2_to_m3", "coherence_cross_1", "coherence_cross_3", "precision",
+            "recall", "agree_anchored_4", "agree_majority_2", "frechet_clf", "frechet_clf_cross_2",
+            "coherence_cross_3_guided_1"} <= set(metrics)
+    assert {"frechet_clf_by_calls_ode_4", "coherence_joint_by_calls_pc_4"} <= set(metrics)
+    assert list(dict.fromkeys(r["stage"] for r in lines(run_dir))) == ["ae", "score", "energy",
+                                                                      "ode", "pc"]
+    again = sbm_vae.main([*arguments, "--eval_only"])
+    assert again == pytest.approx(metrics, nan_ok=True)             # the checkpoint is enough
+    other = sbm_vae.main([*arguments, "--eval_only", "--sampler", "pc", "--obs_noise", "official",
+                          "--corrector", "official", "--guide_weight", "1"])
+    assert other["coherence_joint_reconstructed"] == metrics["coherence_joint_reconstructed"]
+
+
+def test_the_papers_setting_runs_at_small_size(paired):
+    metrics = sbm_vae.main(flags(paired, "--preset", "paper", "--z_dim", "64", "--dim", "8",
+                                 "--ae_net", "patch", "--autoencoder", "rae", "--epochs_energy",
+                                 "1", "--guide_weight", "0.5"))
+    state = torch.load(paired / "runs/sbm_vae/paired/0/checkpoint.pt", weights_only=True)["state"]
+    assert isinstance(metrics, dict)
+    assert (state["model"]["mean"] == 0).all() and (state["model"]["std"] == 1).all()
+
+
+def test_later_stages_leave_the_autoencoders_alone_and_run_no_encoder(paired, monkeypatch):
+    calls, encode = [], sbm_vae.SBM.encode
+    monkeypatch.setattr(sbm_vae.SBM, "encode", lambda *a: calls.append(0) or encode(*a))
+    sbm_vae.main(flags(paired, "--epochs_score", "0"))
+    few = len(calls)
+    checkpoint = paired / "runs/sbm_vae/paired/0/checkpoint.pt"
+    before = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    sbm_vae.main(flags(paired, "--epochs_score", "9", "--epochs_energy", "2", "--overwrite"))
+    assert len(calls) == 2 * few                                    # however long stage score is
+    after = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"score_net"}
+
+
+def test_latents_are_standardised_over_the_training_split(paired):
+    sbm_vae.main(flags(paired))
+    args = sbm_vae.parse_args(flags(paired))
+    train = data.load("paired", "train", paired)
+    model = sbm_vae.SBM(train.shapes, args).eval()
+    path = paired / "runs/sbm_vae/paired/0/checkpoint.pt"
+    model.load_state_dict(torch.load(path, weights_only=True)["state"]["model"])
+    z = sbm_vae.encode_all(model, train, args, "cpu").x["z"]
+    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
+
+
+def test_ema_is_what_stage_score_hands_on(paired):
+    weights = []
+    for ema in ("0", "0.9"):
+        sbm_vae.main(flags(paired, "--ema", ema, "--overwrite"))
+        state = torch.load(paired / "runs/sbm_vae/paired/0/checkpoint.pt", weights_only=True)
+        weights.append(state["state"]["model"]["score_net.lift.weight"])
+    assert not torch.equal(*weights)
+
+
+def test_same_seed_same_numbers_other_seed_others(paired):
+    out = []
+    for seed in ("0", "0", "1"):
+        sbm_vae.main(flags(paired, "--seed", seed, "--overwrite"))
+        out.append(lines(paired / f"runs/sbm_vae/paired/{seed}"))
+    assert out[0] == out[1] and out[0] != out[2]
+
+
+# ---- Resume --------------------------------------------------------------------------------------
+def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
+    options = ["--epochs_energy", "3", "--ckpt_minutes", "0"]
+    run_dir = paired / "runs/sbm_vae/paired/0"
+    process = script(flags(paired, *options))
+    for stage in ("ae", "score", "energy"):
+        wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 7,')
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = script(flags(paired, *options, "--resume"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    sbm_vae.main([*flags(paired, *options), "--out_dir", str(paired / "whole")])
+    whole_dir = paired / "whole/sbm_vae/paired/0"
+    assert lines(run_dir) == lines(whole_dir)
+    models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
+              for d in (run_dir, whole_dir)]
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+
+
+def test_two_processes_train_as_one_at_the_same_global_batch(paired):
+    sbm_vae.main(flags(paired))
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "sbm_vae.py", *flags(paired), "--out_dir", str(paired / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one, two = (lines(paired / f"{name}/sbm_vae/paired/0") for name in ("runs", "two"))
+    assert len(one) == len(two)
+    last = [[row["loss"] for row in rows if row["stage"] == "ae" and row["split"] == "val"][-1]
+            for rows in (one, two)]
+    assert last[0] == pytest.approx(last[1], rel=0.1)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments, words", [
+    (["--dataset", "mnits"], "--dataset"), (["--lr_ae", "-1"], "--lr_ae"),
+    (["--beta_max", "nan"], "--beta_max"), (["--n_steps", "1"], "--n_steps"),
+    (["--ema", "1"], "--ema"), (["--masked_share", "1.5"], "--masked_share"),
+    (["--n_modalities", "1"], "--n_modalities"), (["--obs_noise", "none"], "--obs_noise"),
+    (["--score_net", "unet"], "--z_dim"), (["--guide_weight", "1"], "--epochs_energy"),
+    (["--guide_sweep", "0", "1"], "--epochs_energy"), (["--n_step", "3"], "--n_step")])
+def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        sbm_vae.main([*arguments, "--out_dir", str(tmp_path)])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--ae_net", "resnet"], "--ae_net"), (["--vae_beta", "1", "1", "1"], "--vae_beta"),
+    (["--resume"], "--resume"), (["--eval_only"], "checkpoint")])
+def test_what_does_not_fit_is_one_line_and_exit_2(paired, more, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sbm_vae.py", *flags(paired, *more)])
+    with pytest.raises(SystemExit) as stop:
+        common.cli(sbm_vae.main)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1
+
+
+def test_a_flag_of_training_may_not_change_on_resume_but_a_sampler_may(paired):
+    sbm_vae.main(flags(paired))
+    with pytest.raises(common.RunError, match="--width"):
+        sbm_vae.main(flags(paired, "--eval_only", "--width", "24"))
+    sbm_vae.main(flags(paired, "--eval_only", "--sampler", "em", "--n_steps", "7"))
