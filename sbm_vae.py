@@ -595,37 +595,46 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
     if sampler == "ode":
         z = _ode(slope, impose, z, sde, n_steps, t_end)
     else:
-        official = corrector == "official"
-        grid = torch.linspace(1, t_end, n_steps + (not official), device=device)
-        grid = torch.cat([grid, grid[-1:]]) if official else grid          # n_steps + 1 times
-        disc = torch.linspace(sde.beta_min, sde.beta_max, n_steps, device=device) / n_steps
-        for start in range(0, n_steps, jump):
-            end = min(start + jump, n_steps)
-            for turn in range(repaint):
-                if turn:                                                   # RePaint: forward again
-                    ratio = sde.alpha_sigma(grid[start])[0] / sde.alpha_sigma(grid[end])[0]
-                    z = ratio * z + (1 - ratio**2).sqrt() * torch.randn_like(z)
-                for i in range(start, end):
-                    t, dt = grid[i], (1 / n_steps if official else grid[i] - grid[i + 1])
-                    z, beta = impose(z, t), sde.beta(t)
-                    mean = z + (0.5 * z + slope(z, t)) * beta * dt
-                    z = mean + (beta * dt) ** 0.5 * torch.randn_like(z)
-                    if sampler == "pc":
-                        t = t if official else grid[i + 1]
-                        z = z if official else impose(z, t)
-                        s, xi = slope(z, t), torch.randn_like(z)
-                        if official:
-                            norm = xi.norm(dim=(1, 2)).mean() / s.norm(dim=(1, 2)).mean()
-                            a = 1 - disc[(t * (n_steps - 1)).long()]
-                        else:                                              # |xi| / |s|, about
-                            norm, a = sde.alpha_sigma(t)[1], 1.0
-                        step = 2 * a * (snr * norm) ** 2
-                        mean = z + step * s
-                        z = mean + (2 * step) ** 0.5 * xi
-        z = mean
+        z = _predictor_corrector(slope, impose, z, sde, n_steps, t_end, corrector, repaint, jump,
+                                 snr if sampler == "pc" else 0.0)
     if not z.isfinite().all():
         raise FloatingPointError("the sampler diverged; lower --snr or --guide_weight")
     return torch.where(row, z_obs, z)
+
+
+def _predictor_corrector(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_end: float,
+                         corrector: str, repaint: int, jump: int, snr: float) -> Tensor:
+    """Euler-Maruyama on the reverse SDE, then, unless snr is 0, a Langevin step at the new time
+    (official: the old). RePaint (Lugmayr et al. 2022): each jump of steps is noised again and
+    repeated. Returns the last mean, without noise."""
+    official = corrector == "official"
+    grid = torch.linspace(1, t_end, n_steps + (not official), device=z.device)
+    grid = torch.cat([grid, grid[-1:]]) if official else grid              # n_steps + 1 times
+    disc = torch.linspace(sde.beta_min, sde.beta_max, n_steps, device=z.device) / n_steps
+    turns = [(start, turn) for start in range(0, n_steps, jump) for turn in range(repaint)]
+    for start, turn in turns:
+        end = min(start + jump, n_steps)
+        if turn:
+            ratio = sde.alpha_sigma(grid[start])[0] / sde.alpha_sigma(grid[end])[0]
+            z = ratio * z + (1 - ratio**2).sqrt() * torch.randn_like(z)
+        for i in range(start, end):
+            t, dt = grid[i], (1 / n_steps if official else grid[i] - grid[i + 1])
+            z, beta = impose(z, t), sde.beta(t)
+            mean = z + (0.5 * z + slope(z, t)) * beta * dt
+            z = mean + (beta * dt) ** 0.5 * torch.randn_like(z)
+            if snr:
+                t = t if official else grid[i + 1]
+                z = z if official else impose(z, t)
+                s, xi = slope(z, t), torch.randn_like(z)
+                if official:                                               # norms meaned over b
+                    norm = xi.norm(dim=(1, 2)).mean() / s.norm(dim=(1, 2)).mean()
+                    a = 1 - disc[(t * (n_steps - 1)).long()]
+                else:                                                      # |xi| / |s|, about
+                    norm, a = sde.alpha_sigma(t)[1], 1.0
+                step = 2 * a * (snr * norm) ** 2
+                mean = z + step * s
+                z = mean + (2 * step) ** 0.5 * xi
+    return mean
 
 
 def _ode(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_end: float) -> Tensor:
