@@ -26,7 +26,8 @@ Usage
   python sbm_vae.py --eval_only --sampler pc --obs_noise clean                another sampler
 
 Deviations from the authors' public code (--preset paper undoes those marked *)
-  D1* latents standardised, net predicts eps, time times 1000 in its embedding, EMA, beta 0.1 .. 20
+  D1* latents standardised, net predicts v = alpha eps - sigma Z and its squared error is the loss,
+      time times 1000 in its embedding, EMA, beta 0.1 .. 20
   D2* masked training and clean observed latents; official: observed z_o enter as (alpha+sigma) z_o
   D3* corrector steps of fixed size: no sample depends on its batch; official: batch-mean norms
   D4* the ODE sampler; predictor steps end at t_end (theirs overshoot), corrector at the new time
@@ -55,10 +56,10 @@ PRESETS = {                                                                # --p
     "polymnist": POLY, "polymnist10": POLY | dict(dim=128), "synth_mnist_svhn": {}, "paired": {},
     "celebamask_hq": dict(POLY, z_dim=256, vae_beta=[0.1, 1.0, 0.1], lr_ae=2e-4, epochs_ae=300,
                           dim=256, dim_mults=[1, 2, 2, 2, 2], epochs_score=1000, lr_score=1e-4)}
-PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise=False, ema=0.0,
-             time_scale=1.0, cond_train="none", obs_noise="official", sampler="pc", n_steps=100,
-             corrector="official", beta_min=1.0, beta_max=5.0, schedule="plateau", z_dim=64, dim=64,
-             noise_negatives=True, lr_score=5e-4, lr_ae=1e-3, batch_size=256)
+PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise="none",
+             ema=0.0, time_scale=1.0, cond_train="none", obs_noise="official", sampler="pc",
+             n_steps=100, corrector="official", beta_min=1.0, beta_max=5.0, schedule="plateau",
+             z_dim=64, dim=64, noise_negatives=True, lr_score=5e-4, lr_ae=1e-3, batch_size=256)
 PAPER_CELEB = dict(z_dim=256, dim=256, lr_ae=2e-4, lr_score=5e-5, n_steps=1000, beta_min=0.1,
                    beta_max=20.0, schedule="constant")
 INFERENCE_FLAGS = ("sampler", "n_steps", "obs_noise", "corrector", "snr", "repaint", "jump",
@@ -79,9 +80,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--blocks", type=number(int, 1), default=3, help="of the MLP")
     flag("--dim", type=number(int, 8), default=64, help="of the UNet; 128 for 10 modalities")
     flag("--dim_mults", type=number(int, 1), nargs="+", default=[1, 2, 2, 2], help="of the UNet")
-    flag("--parametrisation", default="eps", choices=["eps", "score"], help="what the net predicts")
+    flag("--parametrisation", default="v", choices=["v", "eps", "score"], help="the net's output")
     flag("--time_scale", type=number(float, 0, open_low=True), default=1000.0)
-    flag("--standardise", action=switch, default=True, help="latents to mean 0, sd 1")
+    flag("--standardise", default="modality", choices=["none", "dim", "modality"],
+         help="latents to mean 0, and sd 1 in each dimension or in each modality's widest one")
     flag("--beta_min", type=number(float, 0, open_low=True), default=0.1)
     flag("--beta_max", type=number(float, 0, open_low=True), default=20.0)
     flag = p.add_argument_group("training").add_argument
@@ -414,7 +416,7 @@ class SBM(nn.Module):
         super().__init__()
         self.modalities, kinds = list(shapes), list(dict.fromkeys(shapes.values()))
         self.banks = [[m for m in shapes if shapes[m] == kind] for kind in kinds]
-        self.shapes, self.eps = shapes, args.parametrisation == "eps"
+        self.shapes, self.output = shapes, args.parametrisation
         self.autoencoders = nn.ModuleList(
             Autoencoders(kind, len(bank), args) for kind, bank in zip(kinds, self.banks))
         self.score_net = (MLP if args.score_net == "mlp" else Unet)(len(shapes), args)
@@ -445,9 +447,11 @@ class SBM(nn.Module):
         return {m: x[m] for m in self.modalities if m in x}
 
     def score(self, z: Tensor, t: Tensor) -> Tensor:
-        """s(Z_t, t) [b m d], t [b m]; of no meaning where t is 0."""
-        out = self.score_net(z, t)
-        return -out / self.sde.alpha_sigma(t)[1][..., None].clamp_min(1e-4) if self.eps else out
+        """s(Z_t, t) [b m d], t [b m]; of no meaning where t is 0. The net's output is s, eps =
+        -sigma s, or v = alpha eps - sigma Z, so that eps = alpha v + sigma Z_t."""
+        out, (alpha, sigma) = self.score_net(z, t), self.sde.alpha_sigma(t[..., None])
+        out = alpha * out + sigma * z if self.output == "v" else out
+        return out if self.output == "score" else -out / sigma.clamp_min(1e-4)
 
 
 # ---- Densities -----------------------------------------------------------------------------------
@@ -479,8 +483,12 @@ def random_observed(b: int, m: int, share: float, device) -> Tensor:
     return (rank < size) & (torch.rand(b, 1, device=device) < share) & (m > 1)
 
 
-def score_loss(score, z: Tensor, sde: VPSDE, masked_share: float = 0.0) -> Tensor:
-    """Mean of (sigma_t s(Z_t, t) + eps)^2 over missing entries, then over samples z [b m d]."""
+def score_loss(score, z: Tensor, sde: VPSDE, masked_share: float = 0.0,
+               v_weight: bool = False) -> Tensor:
+    """Mean of (sigma_t s(Z_t, t) + eps)^2 over missing entries, then over samples z [b m d].
+
+    v_weight: over alpha_t^2, which makes it the squared error of v: much noise counts as well.
+    """
     b, m, _ = z.shape
     seen = random_observed(b, m, masked_share, z.device)
     t = 1e-5 + (1 - 1e-5) * torch.rand(b, 1, device=z.device)
@@ -488,6 +496,7 @@ def score_loss(score, z: Tensor, sde: VPSDE, masked_share: float = 0.0) -> Tenso
     alpha, sigma = (a[..., None] for a in sde.alpha_sigma(t))
     eps = torch.randn_like(z)
     error = (sigma * score(alpha * z + sigma * eps, t) + eps).square().mean(-1)
+    error = error / alpha[..., 0] ** 2 if v_weight else error
     return ((error * ~seen).sum(1) / (~seen).sum(1)).mean()
 
 
@@ -660,7 +669,7 @@ def _ode(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_end: float) -> Te
 # ---- Training ------------------------------------------------------------------------------------
 def stage_score(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     share = args.masked_share if args.cond_train == "masked" else 0.0
-    return {"loss": score_loss(model.score, x["z"], model.sde, share)}
+    return {"loss": score_loss(model.score, x["z"], model.sde, share, model.output == "v")}
 
 
 def stage_energy(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
@@ -765,10 +774,11 @@ def train(model: SBM, train_set: data.Dataset, val_set: data.Dataset, args, run)
         train_stage(model, i, stages[i], latents or [train_set, val_set], args, run, resumed)
         for weight in model.state_dict().values() if run.world > 1 else ():
             torch.distributed.broadcast(weight, 0)                         # BatchNorm's statistics
-        if i == 0 and args.standardise:
+        if i == 0 and args.standardise != "none":
             z = encode_all(model, train_set, args, run.device).x["z"]
+            std = z.std(0).clamp_min(1e-4)
             model.mean.copy_(z.mean(0))
-            model.std.copy_(z.std(0).clamp_min(1e-4))
+            model.std.copy_(std if args.standardise == "dim" else std.amax(1, keepdim=True))
         run.save({"stage": i + 1, "model": model.state_dict()})
 
 

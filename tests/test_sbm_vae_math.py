@@ -111,6 +111,15 @@ def test_masked_loss_leaves_observed_ones_clean_and_counts_missing_ones_only():
     assert torch.equal(t.amax(1, keepdim=True).expand_as(t)[~observed], t[~observed])
 
 
+def test_v_weighted_loss_is_the_squared_error_of_v():
+    """With v_hat = 0, s = -Z_t: the loss is E |v|^2 = E (alpha eps - sigma Z)^2."""
+    torch.manual_seed(0)
+    loss = sbm_vae.score_loss(lambda z, t: -z, draws(40_000), SDE, v_weight=True).item()
+    alpha, sigma = SDE.alpha_sigma((torch.arange(1000) + 0.5) / 1000)
+    second = (COV.diagonal() + MEAN**2).mean()
+    assert loss == pytest.approx((alpha**2 + sigma**2 * second).mean().item(), rel=0.02)
+
+
 # ---- Samplers ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [
     dict(sampler="em", n_steps=300), dict(sampler="pc", n_steps=150), dict(sampler="ode"),
@@ -416,13 +425,15 @@ def test_latents_are_standardised_going_in_and_restored_going_out():
     assert list(model.decode(z, ["b"])) == ["b"]
 
 
-@pytest.mark.parametrize("kind", ["eps", "score"])
+@pytest.mark.parametrize("kind", ["eps", "score", "v"])
 def test_what_the_net_predicts(kind):
     model, _ = model_of({"a": (1, 8, 8), "b": (1, 8, 8)}, "--parametrisation", kind)
     model.score_net.forward = lambda z, t: torch.ones_like(z)
     t = torch.tensor([[0.3, 0.0]])
     s, (_, sigma) = model.score(torch.zeros(1, 2, 4), t), SDE.alpha_sigma(t)
-    assert s[0, 0, 0].item() == pytest.approx(-1 / sigma[0, 0].item() if kind == "eps" else 1.0)
+    alpha = SDE.alpha_sigma(t)[0][0, 0].item()              # Z_t = 0: eps = alpha v
+    truth = {"eps": -1 / sigma[0, 0].item(), "score": 1.0, "v": -alpha / sigma[0, 0].item()}[kind]
+    assert s[0, 0, 0].item() == pytest.approx(truth)
     assert s.isfinite().all()
 
 

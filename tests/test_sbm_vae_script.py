@@ -116,7 +116,7 @@ def test_later_stages_leave_the_autoencoders_alone_and_run_no_encoder(paired, mo
 
 
 def test_latents_are_standardised_over_the_training_split(paired):
-    sbm_vae.main(flags(paired))
+    sbm_vae.main(flags(paired, "--standardise", "dim"))
     args = sbm_vae.parse_args(flags(paired))
     train = data.load("paired", "train", paired)
     model = sbm_vae.SBM(train.shapes, args).eval()
