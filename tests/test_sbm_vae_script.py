@@ -101,6 +101,27 @@ def test_the_papers_setting_runs_at_small_size(paired):
     assert (state["model"]["mean"] == 0).all() and (state["model"]["std"] == 1).all()
 
 
+def test_faces_masks_and_attributes_have_f1_scores(tmp_path, monkeypatch):
+    """The modalities of celebamask_hq, small: three shapes, one of them not an image."""
+    def load(name, split, *_, **__):
+        torch.manual_seed(len(split))
+        x = {"image": torch.randint(256, (60, 3, 16, 16)),
+             "mask": torch.randint(256, (60, 1, 16, 16)),
+             "attributes": torch.randint(2, (60, 18))}
+        x = {m: v.to(torch.uint8) for m, v in x.items()}
+        kinds = {"image": "image", "mask": "image", "attributes": "binary"}
+        return data.Dataset(x, None, kinds, name, split)
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(common, "load_inception", lambda *_: None)
+    metrics = sbm_vae.main(["--dataset", "celebamask_hq", "--out_dir", str(tmp_path), *TINY,
+                            "--ae_net", "patch", "--autoencoder", "rae", "--rae_lambda", "1e-4",
+                            "1e-5", "1e-4"])
+    for key in ("none_to_mask", "image_to_attributes", "image+mask_to_attributes",
+                "attributes_to_mask"):
+        assert 0 < metrics[f"f1_{key}"] <= 1, key
+    assert (tmp_path / "sbm_vae/celebamask_hq/0/cross.png").exists()
+
+
 def test_later_stages_leave_the_autoencoders_alone_and_run_no_encoder(paired, monkeypatch):
     calls, encode = [], sbm_vae.SBM.encode
     monkeypatch.setattr(sbm_vae.SBM, "encode", lambda *a: calls.append(0) or encode(*a))
