@@ -288,13 +288,17 @@ def time_mlp(n_in: int, hidden: int) -> nn.Sequential:
 
 
 class MLP(nn.Module):
-    """Residual net on Z [b m d] with a time for each modality [b m]; starts at output zero."""
+    """Residual net on Z [b m d] with a time for each modality [b m]; starts at output zero.
+
+    Observed (time 0) and noised latents enter by weights of their own, and times scale each layer:
+    with shared weights the net would have to learn when to trust which, and hardly did.
+    """
 
     def __init__(self, m: int, args):
         super().__init__()
         width, self.m, self.scale = args.width, m, args.time_scale
-        self.lift, self.time = nn.Linear(m * args.z_dim, width), time_mlp(32 * m, 128)
-        self.shift = nn.ModuleList(nn.Linear(128, width) for _ in range(args.blocks))
+        self.lift, self.time = nn.Linear(2 * m * args.z_dim, width), time_mlp(33 * m, 128)
+        self.film = nn.ModuleList(nn.Linear(128, 2 * width) for _ in range(args.blocks))
         self.body = nn.ModuleList(nn.Sequential(
             nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, width)) for _ in range(args.blocks))
@@ -303,10 +307,13 @@ class MLP(nn.Module):
         nn.init.zeros_(self.out[-1].bias)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        time = self.time(embed(self.scale * t, 32).flatten(1))
-        h = self.lift(z.flatten(1))
-        for shift, body in zip(self.shift, self.body):
-            h = h + body(h + shift(time))
+        seen = (t == 0).to(z)
+        time = self.time(torch.cat([embed(self.scale * t, 32).flatten(1), seen], 1))
+        known = z * seen[..., None]
+        h = self.lift(torch.cat([known, z - known], 1).flatten(1))
+        for film, body in zip(self.film, self.body):
+            scale, shift = film(F.silu(time)).chunk(2, -1)
+            h = h + body(h * (1 + scale) + shift)
         return rearrange(self.out(h), "b (m d) -> b m d", m=self.m)
 
 

@@ -88,7 +88,7 @@ def test_four_modalities_with_judges_all_files_all_metrics_and_eval_only(tmp_pat
     again = sbm_vae.main([*arguments, "--eval_only"])
     assert again == pytest.approx(metrics, nan_ok=True)             # the checkpoint is enough
     other = sbm_vae.main([*arguments, "--eval_only", "--sampler", "pc", "--obs_noise", "official",
-                          "--corrector", "official", "--guide_weight", "1"])
+                          "--corrector", "official", "--guide_weight", "1", "--n_steps", "60"])
     assert other["coherence_joint_reconstructed"] == metrics["coherence_joint_reconstructed"]
 
 
