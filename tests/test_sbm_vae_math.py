@@ -431,9 +431,9 @@ def test_what_the_net_predicts(kind):
     model, _ = model_of({"a": (1, 8, 8), "b": (1, 8, 8)}, "--parametrisation", kind)
     model.score_net.forward = lambda z, t: torch.ones_like(z)
     t = torch.tensor([[0.3, 0.0]])
-    s, (_, sigma) = model.score(torch.zeros(1, 2, 4), t), SDE.alpha_sigma(t)
-    alpha = SDE.alpha_sigma(t)[0][0, 0].item()              # Z_t = 0: eps = alpha v
-    truth = {"eps": -1 / sigma[0, 0].item(), "score": 1.0, "v": -alpha / sigma[0, 0].item()}[kind]
+    s, (_, sigma) = model.score(torch.full((1, 2, 4), 2.0), t), SDE.alpha_sigma(t)
+    alpha, sigma = SDE.alpha_sigma(t)[0][0, 0].item(), sigma[0, 0].item()
+    truth = {"eps": -1 / sigma, "score": 1.0, "v": -(alpha + 2 * sigma) / sigma}[kind]
     assert s[0, 0, 0].item() == pytest.approx(truth)
     assert s.isfinite().all()
 
