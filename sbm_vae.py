@@ -26,8 +26,8 @@ Usage
   python sbm_vae.py --eval_only --sampler pc --obs_noise clean                another sampler
 
 Deviations from the authors' public code (--preset paper undoes those marked *)
-  D1* latents standardised, net predicts v = alpha eps - sigma Z and its squared error is the loss,
-      time times 1000 in its embedding, EMA, beta 0.1 .. 20
+  D1* latents standardised, net predicts v = alpha eps - sigma Z from alpha Z_t, loss on v, time
+      times 1000 in its embedding, EMA, beta 0.1 .. 20
   D2* masked training and clean observed latents; official: observed z_o enter as (alpha+sigma) z_o
   D3* corrector steps of fixed size: no sample depends on its batch; official: batch-mean norms
   D4* the ODE sampler; predictor steps end at t_end (theirs overshoot), corrector at the new time
@@ -456,7 +456,8 @@ class SBM(nn.Module):
     def score(self, z: Tensor, t: Tensor) -> Tensor:
         """s(Z_t, t) [b m d], t [b m]; of no meaning where t is 0. The net's output is s, eps =
         -sigma s, or v = alpha eps - sigma Z, so that eps = alpha v + sigma Z_t."""
-        out, (alpha, sigma) = self.score_net(z, t), self.sde.alpha_sigma(t[..., None])
+        alpha, sigma = self.sde.alpha_sigma(t[..., None])
+        out = self.score_net(alpha * z if self.output == "v" else z, t)    # v: no noise at t = 1
         out = alpha * out + sigma * z if self.output == "v" else out
         return out if self.output == "score" else -out / sigma.clamp_min(1e-4)
 
