@@ -249,7 +249,7 @@ class Attributes(nn.Module):
 
 
 class Autoencoders(nn.Module):
-    """g autoencoders for modalities of one shape, side by side: g groups, no weight in common.
+    """g autoencoders for modalities of one shape, side by side: g groups, none shares a weight.
 
     x [b g ...] in [0, 1]; encode -> mu, log_var [b g d] (log_var None for an RAE).
     """
