@@ -1,0 +1,815 @@
+"""Learning multimodal latent space with EBM prior and MCMC inference
+(Yuan, Lipizzi & Han, arXiv 2408.10467).
+
+A mixture-of-experts VAE (MMVAE+, Palumbo et al. 2023) has one latent z that modalities share and
+one private latent w_m each. Its Laplace prior on z leaves holes: samples of the prior decode to
+modalities that disagree. An energy-based prior on z, learned with short-run Langevin chains, fills
+them; a second Langevin chain can bring the encoder's samples nearer to the true posterior.
+
+Model       p_a(z) = exp(f(z)) p0(z) / Z(a)     f = NEGATIVE energy; p0 Laplace(0, 1) or Normal
+            p(w_m) = Laplace(0, 1);  p(x_m|z, w_m) = Laplace(decoder_m(z, w_m), 0.75)
+            q(z|x) = 1/M sum_m q_m(z|x_m),  q_m(z|x_m) and q_m(w|x_m) Laplace;  scales sum to dim
+            r_m(w) = Laplace(0, s_m): stands for w_m where x_m is drawn from another modality's z
+Symbols     z, w [b d]; m, j modality (experts first: [m k b d]), k importance sample, b batch;
+            v = (z, w_1 .. w_M) [b d]; z_pos, z_neg samples of q and of the prior chain
+
+Algorithm   for each minibatch
+  1  encode; z_m ~ q_m(z|x_m), w_m ~ q_m(w|x_m), w'_n ~ r_n; K each
+  2  z_neg: z ~ p0, then prior_steps times z <- z + s^2/2 d/dz (f + log p0)(z) + s eps
+  3  ascend 1/M sum_m log 1/K sum_k W_m^k,  log W_m = log p(x_m|z,w_m) + sum_n log p(x_n|z,w'_n)
+            + beta (f(z) + log p0(z) + log p(w_m) - log q(z|x) - log q_m(w_m|x_m)),  f held fixed
+  3' --inference mcmc: v ~ encoder, then post_steps of Langevin on log p(v|x); the decoders ascend
+     rho log p(x|v) + (1 - rho) (3); the encoders (3), or log q(v|x) with --phi teach
+  4  f descends  mean f(z_neg) - mean f(z_pos),  z_pos: z of 1, or the chain's end of 3'
+  Afterwards epochs_ebm epochs of 2 and 4 alone. Generation: z from chain 2, w ~ p(w), decoders.
+
+Usage
+  python latent_ebm_prior.py                                synthetic digits, minutes on a CPU
+  python latent_ebm_prior.py --inference mcmc               with posterior chains
+  python latent_ebm_prior.py --dataset polymnist --data_dir DIR    full nets; --prior laplace: MMVAE+
+
+Deviations and choices (neither the paper's code nor its hyperparameters could be had)
+  D1 f = c tanh(g/c), --bound c: with a Laplace p0 a steeper f would make exp(f) p0 improper
+  D2 EBM sizes, steps and rates are those of its relatives (Pang et al. 2020); rho, phi are ours
+  D3 the posterior chain divides the likelihood by beta, to match (3); --no-temper does not
+  D4 --objective dreg is unbiased for a mixture of experts; public code leaves the score term in
+  D5 --ebm_on u: f sees (z, w_1 .. w_M); drawing x_n from others then still takes w_n ~ p(w)
+"""
+import argparse
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+import common
+import data
+
+# ---- Config --------------------------------------------------------------------------------------
+SYNTH = dict(z_dim=16, w_dim=16, width=32, net="conv", beta=1.0, batch_size=64, epochs_vae=4,
+             epochs_ebm=3, lr_ebm=5e-4, ebm_warmup=1)
+PRESETS = {
+    "synth_polymnist": SYNTH,
+    "synth_mnist_svhn": dict(SYNTH, rescale=True, net="auto"),
+    "polymnist": dict(z_dim=32, w_dim=32, net="resnet", beta=2.5, epochs_vae=150),
+    "mnist_svhn": dict(z_dim=20, private=False, net="auto", k=30, objective="dreg", rescale=True,
+                       epochs_vae=30),
+    "paired": dict(net="mlp")}
+TEST_FLAGS = ("cross_steps", "prior_sweep", "gmm")                         # not for training
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Explicit flag > preset of --dataset > default, as --help shows."""
+    number, switch = common.number, argparse.BooleanOptionalAction
+    p = common.run_parser("latent_ebm_prior.py", __doc__, "synth_polymnist", [*PRESETS])
+    flag = p.add_argument_group("model").add_argument
+    flag("--z_dim", type=number(int, 1), default=32)
+    flag("--w_dim", type=number(int, 1), default=32)
+    flag("--private", action=switch, default=True, help="w_m; without: E24's base version")
+    flag("--net", default="auto", choices=["auto", "mlp", "conv", "resnet"])
+    flag("--width", type=number(int, 1), default=64, help="channels of conv, resnet; 64: full size")
+    flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
+    flag("--rescale", action=switch, default=False, help="weigh by largest size / size of x_m")
+    flag("--prior", default="ebm", choices=["ebm", "laplace"], help="laplace: p0 alone, MMVAE+")
+    flag("--base", default="laplace", choices=["laplace", "gaussian"], help="p0 of z")
+    flag("--base_scale", type=number(float, 0, open_low=True), default=1.0)
+    flag("--ebm_on", default="z", choices=["z", "u"], help="u: all of z, w_1 .. w_M")
+    flag("--ebm_hidden", type=number(int, 1), default=200)
+    flag("--ebm_act", default="gelu", choices=["gelu", "lrelu"])
+    flag("--bound", type=number(float, 0), default=30.0, help="|f| < bound (D1); 0: none")
+    flag = p.add_argument_group("training").add_argument
+    flag("--epochs_vae", type=number(int, 0), default=150, help="autoencoder and EBM together")
+    flag("--epochs_ebm", type=number(int, 0), default=0, help="then the EBM alone")
+    flag("--ebm_warmup", type=number(int, 0), default=1, help="first epochs with p0 alone")
+    flag("--max_steps", type=number(int, 0), default=0, help="steps a stage; 0: epochs decide")
+    flag("--batch_size", type=number(int, 1), default=128, help="over all processes")
+    flag("--objective", default="elbo", choices=["elbo", "iwae", "dreg"], help="elbo: k is 1")
+    flag("--k", type=number(int, 1), default=1, help="importance samples")
+    flag("--beta", type=number(float, 0, open_low=True), default=1.0)
+    flag("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam, amsgrad")
+    flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-4)
+    flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of both signs")
+    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0,
+         help="|f(z_pos) - f(z_neg)| beyond this has diverged: rollback")
+    flag("--inference", default="amortised", choices=["amortised", "mcmc"])
+    flag("--rho", type=number(float, 0, 1), default=0.5, help="weight of the chain for decoders")
+    flag("--phi", default="elbo", choices=["elbo", "teach"], help="what trains the encoders")
+    flag = p.add_argument_group("sampler").add_argument
+    flag("--prior_steps", type=number(int, 0), default=60, help="training and test")
+    flag("--prior_step_size", type=number(float, 0, open_low=True), default=0.4)
+    flag("--chains", type=number(int, 1), default=128, help="prior chains a step, over all ranks")
+    flag("--post_steps", type=number(int, 0), default=20)
+    flag("--post_step_size", type=number(float, 0, open_low=True), default=0.03)
+    flag("--post_init", default="moe", choices=["moe", "noise"], help="noise: start at p0, no q")
+    flag("--post_clip", type=number(float, 0), default=0.0, help="gradient norm a chain; 0: none")
+    flag("--temper", action=switch, default=True, help="likelihood to the power 1/beta (D3)")
+    flag = p.add_argument_group("test").add_argument
+    flag("--cross_steps", type=number(int, 0), default=0, help="Langevin for coherence_cross_*")
+    flag("--prior_sweep", type=number(int, 0), nargs="*", default=[0, 10, 30, 60, 100, 1000])
+    flag("--gmm", type=number(int, 1), nargs="*", default=[1, 10, 100], help="mixtures fit to z")
+    p.set_defaults(**PRESETS.get(common.peek(p, argv, "dataset"), {}))
+    args = p.parse_args(argv)
+    if args.objective == "elbo" and args.k > 1:
+        p.error(f"--objective elbo has --k 1, not {args.k}; give --objective iwae or dreg")
+    if args.objective == "dreg" and (args.ebm_on == "u" or args.inference == "mcmc"):
+        p.error("--objective dreg is for --ebm_on z and --inference amortised")
+    return args
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+class ResBlock(nn.Module):
+    """Pre-activation residual block: shortcut(x) + 0.1 conv(lrelu(conv(lrelu(x))))."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        c_mid = min(c_in, c_out)
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_mid, 3, 1, 1), nn.Conv2d(c_mid, c_out, 3, 1, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(x, 0.2))
+        return self.shortcut(x) + 0.1 * self.conv2(F.leaky_relu(h, 0.2))
+
+
+def body(shape: tuple[int, ...], net: str, width: int) -> tuple[nn.Module, int]:
+    """(encoder tower [b c h w] -> [b f], f). ValueError if the net has no version for the shape."""
+    (c, h, w), a = shape, width
+    if net == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, 400), nn.ReLU()), 400
+    if net == "resnet" and (h, w) == (28, 28):
+        return nn.Sequential(nn.Conv2d(c, a, 3, 1, 1), ResBlock(a, a), nn.AvgPool2d(3, 2, 1),
+                             ResBlock(a, 2 * a), nn.AvgPool2d(3, 2, 1), ResBlock(2 * a, 4 * a),
+                             nn.Flatten()), 4 * a * 49
+    if net == "conv" and (h, w) in ((28, 28), (32, 32)):
+        a, k = max(width // 2, 1), 4 if h == 32 else 3
+        return nn.Sequential(nn.Conv2d(c, a, k, 2, 1), nn.ReLU(), nn.Conv2d(a, 2 * a, k, 2, 1),
+                             nn.ReLU(), nn.Conv2d(2 * a, 4 * a, k, 2, 1), nn.ReLU(),
+                             nn.Flatten()), 4 * a * 16
+    raise ValueError(f"--net {net} is not made for images of {shape}; use --net mlp")
+
+
+def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Module:
+    """(w, z) [b dim] -> mean image [b c h w]; unbounded for 28 x 28 in colour, else in [0, 1]."""
+    (c, h, w), a, up = shape, width, nn.ConvTranspose2d
+    if net == "mlp":
+        return nn.Sequential(nn.Linear(dim, 400), nn.ReLU(), nn.Linear(400, c * h * w),
+                             nn.Sigmoid(), nn.Unflatten(1, shape))
+    if net == "resnet":
+        return nn.Sequential(nn.Linear(dim, 4 * a * 49), nn.Unflatten(1, (4 * a, 7, 7)),
+                             ResBlock(4 * a, 2 * a), nn.Upsample(scale_factor=2),
+                             ResBlock(2 * a, a), nn.Upsample(scale_factor=2), ResBlock(a, a),
+                             nn.LeakyReLU(0.2), nn.Conv2d(a, c, 3, 1, 1))
+    a = max(width // 2, 1)
+    if h == 32:
+        return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), up(dim, 4 * a, 4), nn.ReLU(),
+                             up(4 * a, 2 * a, 4, 2, 1), nn.ReLU(), up(2 * a, a, 4, 2, 1),
+                             nn.ReLU(), up(a, c, 4, 2, 1), nn.Sigmoid())
+    return nn.Sequential(nn.Linear(dim, 4 * a * 16), nn.ReLU(), nn.Unflatten(1, (4 * a, 4, 4)),
+                         up(4 * a, 2 * a, 3, 2, 1), nn.ReLU(), up(2 * a, a, 3, 2, 1, 1),
+                         nn.ReLU(), up(a, c, 3, 2, 1, 1))
+
+
+def sum_to_dim(logits: Tensor) -> Tensor:
+    """Laplace scales d softmax(logits) + 1e-6: [... d], their mean is 1, so width is shared out."""
+    return logits.shape[-1] * logits.softmax(-1) + 1e-6
+
+
+class LaplaceTower(nn.Module):
+    """Image [b c h w] -> (mu, scale), both [b d]."""
+
+    def __init__(self, shape: tuple[int, ...], net: str, width: int, dim: int):
+        super().__init__()
+        self.body, f = body(shape, net, width)
+        self.mu, self.logits = nn.Linear(f, dim), nn.Linear(f, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.mu(h), sum_to_dim(self.logits(h))
+
+
+class EBM(nn.Module):
+    """f(z) = bound tanh(g(z) / bound), g an MLP with two hidden layers; NEGATIVE energy, [b]."""
+
+    def __init__(self, dim: int, hidden: int, act: str, bound: float):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, hidden), nn.Linear(hidden, hidden),
+                                     nn.Linear(hidden, 1)])
+        self.act, self.bound = act, bound
+
+    def forward(self, z: Tensor, fixed: bool = False) -> Tensor:
+        """z [... d] -> [...]; fixed: parameters are constants, z still gets a gradient."""
+        for i, layer in enumerate(self.layers):
+            weight, bias = (p.detach() if fixed else p for p in (layer.weight, layer.bias))
+            if i:
+                z = F.gelu(z) if self.act == "gelu" else F.leaky_relu(z, 0.2)
+            z = F.linear(z, weight, bias)
+        g = rearrange(z, "... 1 -> ...")
+        return self.bound * torch.tanh(g / self.bound) if self.bound else g
+
+    @torch.no_grad()
+    def gradient(self, z: Tensor) -> Tensor:
+        """df/dz [b d] in closed form, five products: W1'(a'(h1) * W2'(a'(h2) * w3)) sech^2."""
+        (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in self.layers)
+        a1, slope1 = self.activation(torch.addmm(b1, z, w1.T))
+        a2, slope2 = self.activation(torch.addmm(b2, a1, w2.T))            # [b h]
+        back = slope2 * w3
+        if self.bound:
+            back = back * (1 - torch.tanh(torch.addmm(b3, a2, w3.T) / self.bound) ** 2)
+        return ((back @ w2) * slope1) @ w1
+
+    def activation(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """(a(h), a'(h)): GELU h Phi(h), its slope Phi(h) + h phi(h); or leaky ReLU."""
+        if self.act == "gelu":
+            phi = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
+            return h * phi, phi + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+        slope = torch.where(h > 0, 1.0, 0.2)
+        return h * slope, slope
+
+
+class MMVAEPlus(nn.Module):
+    """All nets for images of shapes {m: (c, h, w)}; aux: logits of the scales of r_m, [m d]."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
+        super().__init__()
+        self.modalities, self.z_dim = list(shapes), args.z_dim
+        self.w_dim = args.w_dim if args.private else 0
+        self.encoders, self.decoders = nn.ModuleDict(), nn.ModuleDict()
+        sizes = {m: math.prod(s) for m, s in shapes.items()}
+        self.weight = {m: max(sizes.values()) / n if args.rescale else 1.0
+                       for m, n in sizes.items()}
+        for m, shape in shapes.items():
+            net = args.net
+            if net == "auto":
+                net = {(3, 28): "resnet", (3, 32): "conv"}.get(shape[:2], "mlp")
+            self.encoders[m] = nn.ModuleDict(
+                {name: LaplaceTower(shape, net, args.width, dim)
+                 for name, dim in (("z", self.z_dim), ("w", self.w_dim)) if dim})
+            self.decoders[m] = decoder(shape, net, args.width, self.z_dim + self.w_dim)
+        self.aux = nn.Parameter(torch.zeros(len(shapes), self.w_dim))
+        dim = self.z_dim + (args.ebm_on == "u") * len(shapes) * self.w_dim
+        self.ebm = EBM(dim, args.ebm_hidden, args.ebm_act, args.bound)
+
+    def encode(self, x: dict[str, Tensor]) -> list[Tensor]:
+        """mu_z, scale_z, mu_w, scale_w, each [m b d], of the modalities that x has."""
+        q = {"z": [], "w": []}
+        for m in [m for m in self.modalities if m in x]:
+            empty = x[m].new_zeros(len(x[m]), 0)
+            q["z"].append(self.encoders[m]["z"](x[m]))
+            q["w"].append(self.encoders[m]["w"](x[m]) if self.w_dim else (empty, empty))
+        return [torch.stack(p).float() for name in q for p in zip(*q[name])]
+
+    def decode(self, m: str, z: Tensor, w: Tensor) -> Tensor:
+        """z, w [... d] -> mean images [... c h w], in one call."""
+        u = torch.cat([w, z], -1)
+        return self.decoders[m](u.reshape(-1, u.shape[-1])).unflatten(0, u.shape[:-1])
+
+    def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v [... d] -> z [... d], w [m ... d]."""
+        w = v[..., self.z_dim:].unflatten(-1, (len(self.modalities), self.w_dim))
+        return v[..., :self.z_dim], rearrange(w, "... m d -> m ... d")
+
+
+# ---- Densities and losses ------------------------------------------------------------------------
+# Log-densities are summed over features, in nats, constants kept.
+def log_laplace(z: Tensor, mu: Tensor | float, scale: Tensor | float) -> Tensor:
+    """log Laplace(z; mu, scale), [... d] -> [...]."""
+    scale = torch.as_tensor(scale, dtype=z.dtype, device=z.device)
+    return (-(z - mu).abs() / scale - (2 * scale).log()).sum(-1)
+
+
+def log_base(z: Tensor, args) -> Tensor:
+    """log p0(z), [... d] -> [...]: Laplace or Normal of scale base_scale."""
+    if args.base == "laplace":
+        return log_laplace(z, 0.0, args.base_scale)
+    constant = math.log(args.base_scale) + 0.5 * math.log(2 * math.pi)
+    return (-0.5 * (z / args.base_scale) ** 2 - constant).sum(-1)
+
+
+def log_lik(x: Tensor, mean: Tensor, scale: float) -> Tensor:
+    """log Laplace(x; mean, scale): x [b c h w], mean [... b c h w] -> [... b]."""
+    log_p = -(x - mean).abs() / scale - math.log(2 * scale)
+    return reduce(log_p, "... c h w -> ...", "sum")
+
+
+def sample_laplace(mu: Tensor, scale: Tensor) -> Tensor:
+    """mu + scale * Laplace(0, 1), reparameterised, by the inverse distribution function."""
+    u = torch.rand_like(mu) - 0.5
+    return mu - scale * u.sign() * torch.log1p((-2 * u.abs()).clamp_min(-1 + 1e-7))
+
+
+def log_experts(z: Tensor, mu_z: Tensor, scale_z: Tensor) -> Tensor:
+    """log q_j(z|x_j) of every expert j: z [... b d], parameters [j b d] -> [j ... b]."""
+    lead = (slice(None),) + (None,) * (z.ndim - 2)
+    return log_laplace(z, mu_z[lead], scale_z[lead])
+
+
+def log_lik_all(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, args) -> Tensor:
+    """sum_n lambda_n log p(x_n|z, w_n), w_n own for expert m = n, else w'_n ~ r_n: z, w [m k b d]
+    -> [m k b]. One decoder call a target, for all experts and samples."""
+    total, n_m = 0.0, len(z)
+    for i, n in enumerate(model.modalities):
+        r = sum_to_dim(model.aux[i])
+        aux = sample_laplace(torch.zeros_like(w), r)                       # w'_n
+        own = torch.arange(n_m, device=z.device).eq(i)[:, None, None, None]
+        mean = model.decode(n, z, torch.where(own, w, aux))                # [m k b c h w]
+        total = total + model.weight[n] * log_lik(x[n], mean, args.decoder_scale)
+    return total
+
+
+def log_prior(model: MMVAEPlus, z: Tensor, w_all: Tensor, args, use_ebm: bool) -> Tensor:
+    """f + log p0 without log Z, f's parameters fixed: z [... d], w_all [m ... d] (--ebm_on u)."""
+    log_p = log_base(z, args)
+    if not use_ebm:
+        return log_p
+    u = z if args.ebm_on == "z" else torch.cat([z, *w_all], -1)
+    return log_p + model.ebm(u, fixed=True)
+
+
+def importance_bound(log_w: Tensor) -> Tensor:
+    """Looser IWAE bound 1/M sum_m log 1/K sum_k W: [m k b] -> [b]; K = 1 is the ELBO."""
+    return (log_w.logsumexp(1) - math.log(log_w.shape[1])).mean(0)
+
+
+def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: float) -> Tensor:
+    """[b] with the looser bound's expected gradient, less noisy (Tucker et al. 2019), z, w [m k b d].
+
+    With V_k = W_k / sum W and r_m = q_m / sum_j q_j, expert m's own score -beta V r_m d log q_m is
+    replaced by its reparameterised twin: the path through z is weighed V (1 - beta r_m (1 - V)), and
+    -beta V d r_m/dz added; other experts' scores stay. Through w: V (1 - beta (1 - V)). With M = 1,
+    beta = 1 both are the known V^2. log_weight(z, w, q) -> [m k b].
+    """
+    fixed = [p.detach() for p in q]
+    z_path, w_path = z.clone(), w.clone()
+    log_w = log_weight(z_path, w_path, fixed)
+    share_k = log_w.detach().softmax(1)                                    # V [m k b]
+    log_q = log_experts(z, *fixed[:2])                                     # [j m k b]
+    share = log_q.detach().softmax(0)
+    own = torch.eye(len(z), device=z.device)[:, :, None, None]             # [j m 1 1]
+    r = (share * own).sum(0)                                               # r_m [m k b]
+    log_r = (log_q * own).sum(0) - log_q.logsumexp(0)
+    z_path.register_hook(lambda g: g * (1 - beta * r * (1 - share_k))[..., None])
+    w_path.register_hook(lambda g: g * (1 - beta * (1 - share_k))[..., None])
+    others = (share * (1 - own) * log_experts(z.detach(), *q[:2])).sum(0)
+    return (share_k * (log_w - beta * (r * log_r + others))).sum(1).mean(0)
+
+
+def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool) -> dict[str, Tensor]:
+    """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]}."""
+    q = model.encode(x)
+    mu_z, scale_z, mu_w, scale_w = (repeat(p, "m b d -> m k b d", k=args.k) for p in q)
+    z, w = sample_laplace(mu_z, scale_z), sample_laplace(mu_w, scale_w)
+    w_all = repeat(w, "n k b d -> n m k b d", m=len(z))
+
+    def log_weight(z: Tensor, w: Tensor, q: list[Tensor]) -> Tensor:
+        log_qz = log_experts(z, *q[:2]).logsumexp(0) - math.log(len(z))    # [m k b]
+        log_qw = log_laplace(w, q[2][:, None], q[3][:, None])
+        log_p = log_prior(model, z, w_all, args, use_ebm) + log_laplace(w, 0.0, 1.0)
+        return log_lik_all(model, x, z, w, args) + args.beta * (log_p - log_qz - log_qw)
+
+    if args.objective == "dreg":
+        bound = dreg_surrogate(log_weight, z, w, q, args.beta).mean()
+    else:
+        bound = importance_bound(log_weight(z, w, q)).mean()
+    u = z if args.ebm_on == "z" else torch.cat([z, *w_all], -1)
+    z_pos = rearrange(u.detach(), "m k b d -> (m k b) d")
+    return {"loss": -bound, "bound_nats": bound.detach(), "z_pos": z_pos}
+
+
+def ebm_loss(f_pos: Tensor, f_neg: Tensor, reg: float) -> Tensor:
+    """Step 4: mean f(z_neg) - mean f(z_pos) + reg (mean f_pos^2 + mean f_neg^2), scalar."""
+    return f_neg.mean() - f_pos.mean() + reg * (f_pos.square().mean() + f_neg.square().mean())
+
+
+# ---- Sampler -------------------------------------------------------------------------------------
+def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
+             clip: float = 0.0, trace: list | None = None) -> Tensor:
+    """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s eps, eps ~ N(0, I); short runs from p0.
+
+    log_prob [b d] -> [b], unnormalised nats, rows separate; gradient: z -> [b d], if there is a
+    closed form, else autograd. clip > 0 bounds a chain's gradient norm (not exact any more). trace:
+    a list that gets z after each step. Returns end points, detached; z is left untouched.
+    """
+    z = z.detach()
+    for _ in range(n_steps):
+        if gradient is not None:
+            grad = gradient(z)
+        else:
+            with torch.enable_grad():
+                z = z.requires_grad_(True)
+                (grad,) = torch.autograd.grad(log_prob(z).sum(), z)        # sum: rows are separate
+        if clip:
+            grad = grad * (clip / grad.norm(dim=-1, keepdim=True).clamp_min(clip))
+        z = z.detach() + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
+        if trace is not None:
+            trace.append(z)
+    return z
+
+
+def base_gradient(z: Tensor, args) -> Tensor:
+    """d log p0/dz; of Laplace -sign(z)/scale. [b d]."""
+    return -(z.sign() / args.base_scale if args.base == "laplace" else z / args.base_scale**2)
+
+
+def start_prior(n: int, model: MMVAEPlus, args, device) -> Tensor:
+    """Draws of p0(z), or with --ebm_on u of p0(z) prod p(w_m): [n d]."""
+    z = torch.zeros(n, model.ebm.layers[0].in_features, device=device)
+    draw = sample_laplace(z, torch.ones_like(z))
+    if args.base == "gaussian":
+        draw[:, :model.z_dim] = torch.randn(n, model.z_dim, device=device)
+    draw[:, :model.z_dim] *= args.base_scale
+    return draw
+
+
+def prior_gradient(model: MMVAEPlus, u: Tensor, args) -> Tensor:
+    """d/du (f + log p0(z) + sum log p(w_m)), closed form: [b d]."""
+    z, w = u[:, :model.z_dim], u[:, model.z_dim:]
+    return model.ebm.gradient(u) + torch.cat([base_gradient(z, args), -w.sign()], 1)
+
+
+@cache
+def compiled_gradient():
+    """torch.compile of prior_gradient, once: one kernel for what lies between two products."""
+    return torch.compile(prior_gradient)
+
+
+def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = None,
+                 trace: list | None = None) -> Tensor:
+    """Step 2: n short-run chains from p0, detached [n d]; n_steps 0: draws of p0 itself."""
+    n_steps = args.prior_steps if n_steps is None else n_steps
+    step = compiled_gradient() if args.compile else prior_gradient
+    return langevin(None, start_prior(n, model, args, device), n_steps, args.prior_step_size,
+                    lambda u: step(model, u, args), trace=trace)
+
+
+def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: bool) -> Tensor:
+    """log p(v, x_S) up to a constant, likelihood to the power 1/beta with --temper: [b d] -> [b]."""
+    z, w = model.split(v)
+    log_p = log_prior(model, z, w, args, use_ebm) + log_laplace(w, 0.0, 1.0).sum(0)
+    power = 1 / args.beta if args.temper else 1.0
+    for i, m in enumerate(model.modalities):
+        if m in x:
+            lik = log_lik(x[m], model.decode(m, z, w[i]), args.decoder_scale)
+            log_p = log_p + power * model.weight[m] * lik
+    return log_p
+
+
+@torch.no_grad()
+def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
+    """v [b d] given x_S: z ~ q_m(z|x_m), m in S random a row; w_m ~ q_m(w|x_m), others ~ p(w)."""
+    observed = [m for m in model.modalities if m in x]
+    b, device = len(x[observed[0]]), x[observed[0]].device
+    mu_z, scale_z, mu_w, scale_w = model.encode(x)
+    m = torch.randint(len(observed), (b,), device=device)
+    rows = torch.arange(b, device=device)
+    z = sample_laplace(mu_z[m, rows], scale_z[m, rows])
+    w = mu_z.new_zeros(len(model.modalities), b, model.w_dim)
+    w = sample_laplace(w, torch.ones_like(w))
+    for i, name in enumerate(observed):
+        w[model.modalities.index(name)] = sample_laplace(mu_w[i], scale_w[i])
+    return torch.cat([z, *w], 1)
+
+
+def sample_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, n_steps: int,
+                     use_ebm: bool) -> Tensor:
+    """v ~ p(v|x_S), nearly: n_steps of Langevin from the mixture of experts, or from p0."""
+    v = start_posterior(model, x, args)
+    if args.post_init == "noise" and n_steps:
+        v = sample_laplace(torch.zeros_like(v), torch.ones_like(v))
+        v[:, :model.z_dim] = start_prior(len(v), model, args, v.device)[:, :model.z_dim]
+    return langevin(lambda v: log_joint(model, x, v, args, use_ebm), v, n_steps,
+                    args.post_step_size, clip=args.post_clip)
+
+
+@torch.no_grad()
+def metropolis_rate(log_prob, gradient, z: Tensor, step_size: float) -> Tensor:
+    """Mean acceptance [] that a Metropolis test would give one Langevin step from z [b d]: 1 as the
+    step's bias goes to 0."""
+    def log_move(to, start, grad):
+        return -((to - start - 0.5 * step_size**2 * grad) ** 2).sum(1) / (2 * step_size**2)
+    grad = gradient(z)
+    new = z + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
+    log_rate = log_prob(new) - log_prob(z) + log_move(z, new, gradient(new)) - log_move(new, z, grad)
+    return log_rate.clamp_max(0).exp().mean()
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def ebm_step(model: MMVAEPlus, z_pos: Tensor, opt, args, world: int) -> dict[str, Tensor]:
+    """Steps 2 and 4: fresh prior chains, then one step of f."""
+    z_neg = sample_prior(model, max(args.chains // world, 1), args, z_pos.device)
+    f_pos, f_neg = model.ebm(z_pos), model.ebm(z_neg)
+    opt.zero_grad(set_to_none=True)
+    ebm_loss(f_pos, f_neg, args.ebm_reg).backward()
+    opt.step()
+    return {"f_pos": f_pos.detach().mean(), "f_neg": f_neg.detach().mean(),
+            "gap": (f_pos.mean() - f_neg.mean()).detach(), "std_pos": z_pos.std(),
+            "std_neg": z_neg.std(), "max_pos": z_pos.abs().max(), "max_neg": z_neg.abs().max()}
+
+
+def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], params: dict, args,
+                   use_ebm: bool) -> tuple[Tensor, dict]:
+    """Step 3', after (3)'s backward: gradients of decoders and r_n become (1 - rho) (3) + rho times
+    minus the likelihood at the chain's end v (own w and w' ~ r_n); --phi teach: the encoders'
+    become those of -log q_m(z|x_m) - sum_n log q_n(w_n|x_n). Returns (z_pos [b d], metrics)."""
+    v = sample_posterior(model, x, args, args.post_steps, use_ebm)
+    z, w = model.split(v)
+    for p in params["theta"]:
+        if p.grad is not None:
+            p.grad.mul_(1 - args.rho)
+    cross = sum(model.weight[n] * log_lik(x[n], model.decode(n, z, sample_laplace(
+        torch.zeros_like(w[i]), sum_to_dim(model.aux[i]))), args.decoder_scale)
+        for i, n in enumerate(model.modalities)) if model.w_dim else 0.0
+    own = sum(model.weight[n] * log_lik(x[n], model.decode(n, z, w[i]), args.decoder_scale)
+              for i, n in enumerate(model.modalities))
+    (-args.rho * (own + cross).mean()).backward()
+    if args.phi == "teach":
+        for p in params["phi"]:
+            p.grad = None
+        mu_z, scale_z, mu_w, scale_w = model.encode(x)
+        log_qz = log_experts(z, mu_z, scale_z).mean(0)                     # experts in turn, meaned
+        (-(log_qz + log_laplace(w, mu_w, scale_w).sum(0)).mean()).backward()
+    u = z if args.ebm_on == "z" else v
+    return u, {"nll_chain_nats": -own.detach().mean()}
+
+
+def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
+               world: int = 1) -> dict[str, Tensor]:
+    """One minibatch of the algorithm, x = {m: [b c h w]}; metrics as tensors."""
+    params = {"phi": list(model.encoders.parameters()),
+              "theta": [*model.decoders.parameters(), model.aux]}
+    with torch.autocast(next(iter(x.values())).device.type, torch.bfloat16, enabled=args.amp):
+        out = objective(model, x, args, use_ebm)
+    opts["vae"].zero_grad(set_to_none=True)
+    out["loss"].backward()
+    z_pos, metrics = out["z_pos"], {}
+    if args.inference == "mcmc":
+        z_pos, metrics = mcmc_gradients(model, x, params, args, use_ebm)
+    opts["vae"].step()
+    metrics["bound_nats"] = out["bound_nats"]
+    return metrics | (ebm_step(model, z_pos, opts["ebm"], args, world) if use_ebm else {})
+
+
+def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
+                 world: int = 1) -> dict[str, Tensor]:
+    """One step of the stage that trains f alone, from encoder outputs x['q_<m>'] [b 2d]."""
+    q = torch.stack([x[f"q_{m}"] for m in model.modalities])               # [m b 2d]
+    z_pos = rearrange(sample_laplace(*q.chunk(2, -1)), "m b d -> (m b) d")
+    return ebm_step(model, z_pos, opts["ebm"], args, world)
+
+
+def diverged(metrics: dict[str, Tensor], args, run) -> str:
+    """Why the chains are lost, "" if they are not; the same answer on every rank."""
+    values = torch.stack([v.float() for v in metrics.values()])
+    gap = metrics.get("gap", values.new_zeros(())).abs()
+    state = torch.stack([(~values.isfinite()).any().float(), (gap > args.max_gap).float()])
+    if run.world > 1:
+        torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX)
+    broken, wide = state.tolist()
+    return "a value is not finite" if broken else f"|gap| > {args.max_gap:g}" if wide else ""
+
+
+def with_encodings(model: MMVAEPlus, dataset: data.Dataset) -> data.Dataset:
+    """Frozen encoders run once over every image: entries q_<m> = (mu_z, scale_z), [n 2d]."""
+    model.eval()
+    codes = {m: data.encode(lambda x, e=e: torch.cat(e["z"](x), 1), dataset.x[m])
+             for m, e in model.encoders.items()}
+    return dataset.attach("q", codes)
+
+
+def make_optimisers(model: MMVAEPlus, args, run) -> dict:
+    """Adam for the autoencoder and for f; over several ranks gradients are averaged first."""
+    groups = {"vae": [*model.encoders.parameters(), *model.decoders.parameters(), model.aux],
+              "ebm": list(model.ebm.parameters())}
+    opts = {"vae": torch.optim.Adam(groups["vae"], args.lr, amsgrad=True),
+            "ebm": torch.optim.Adam(groups["ebm"], args.lr_ebm)}
+    for name, params in groups.items():
+        opts[name].register_step_pre_hook(
+            lambda *_, params=params: common.average_gradients(params, run.world))
+    return opts
+
+
+def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dataset, args, run,
+                state: dict | None) -> None:
+    """Stage 0: autoencoder and EBM; stage 1: EBM alone; from its start or a checkpoint's state."""
+    name, step_fn = (("vae", train_step), ("ebm", encoded_step))[index]
+    opts = make_optimisers(model, args, run)
+    if index:
+        train_set = with_encodings(model, train_set)
+    names = [f"q_{m}" for m in model.modalities] if index else model.modalities
+    per_epoch = max(len(train_set) // args.batch_size, 1)
+    total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
+
+    def restore(state: dict) -> int:
+        model.load_state_dict(state["model"])
+        for key in opts:
+            opts[key].load_state_dict(state["opts"][key])
+        for group in opts["ebm"].param_groups:
+            group["lr"] = args.lr_ebm * 0.5**run.rollbacks
+        return state["step"]
+
+    def save() -> None:
+        run.save({"stage": index, "step": step, "model": model.state_dict(),
+                  "opts": {key: opt.state_dict() for key, opt in opts.items()}})
+
+    step = restore(state) if state else 0
+    if not state:
+        save()                                                             # a rollback needs one
+    model.train()
+    while step < total:
+        epoch = step // per_epoch
+        use_ebm = args.prior == "ebm" and (index == 1 or epoch >= args.ebm_warmup)
+        order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
+        for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
+                              run.rank, run.world, names):
+            metrics = step_fn(model, x, opts, args, use_ebm, run.world)
+            step += 1
+            due, logged = run.checkpoint_due(), step % args.log_every == 0 or step == total
+            reason = diverged(metrics, args, run) if due or logged else ""
+            if reason:
+                step = restore(run.rollback(reason))
+                break
+            if logged:
+                run.log(stage=name, step=step, epoch=epoch, split="train", **metrics)
+                run.progress(name, epoch, n_epochs, step, total, args.batch_size, **metrics)
+            if due:
+                save()
+            if run.stop_requested:
+                run.stop()
+            if step == total:
+                break
+    run.say(f"stage {name}: {step} steps")
+
+
+def train(model: MMVAEPlus, train_set: data.Dataset, args, run) -> None:
+    """Both stages in turn; --resume goes on where the checkpoint stands."""
+    state = run.load(args.checkpoint, free=TEST_FLAGS) if args.resume else {"stage": 0}
+    if args.resume:
+        model.load_state_dict(state["model"])
+    elif run.rank:
+        torch.manual_seed(args.seed + 10**7 * run.rank)                    # noise of its own
+    stages = [args.epochs_vae, args.epochs_ebm if args.prior == "ebm" else 0]
+    for i in range(state["stage"], len(stages)):
+        resumed = state if i == state["stage"] and "opts" in state else None
+        train_stage(model, i, stages[i], train_set, args, run, resumed)
+        run.save({"stage": i + 1, "model": model.state_dict()})
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def joint_images(model: MMVAEPlus, u: Tensor) -> dict[str, Tensor]:
+    """Decoder means {m: [b c h w]} of u = z, then w_m ~ p(w), or u = (z, w_1 .. w_M)."""
+    if u.shape[1] == model.z_dim:
+        w = u.new_zeros(len(u), len(model.modalities) * model.w_dim)
+        u = torch.cat([u, sample_laplace(w, torch.ones_like(w))], 1)
+    z, w = model.split(u)
+    return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)}
+
+
+def encoded_z(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
+    """A draw of z ~ q(z|x) for each item: [n d]."""
+    batches = data.batches(dataset, args.eval_batch, device=device)
+    return torch.cat([start_posterior(model, x, args)[:, :model.z_dim] for x in batches])
+
+
+def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
+    """Bound, coherence under the EBM and under p0, controls, diagnostics, pictures; test split.
+
+    coherence_*_base: the same autoencoder with p0. Without Langevin steps (--cross_steps 0) cross
+    generation asks no prior, so coherence_cross_* and *_base then are one number.
+    """
+    torch.manual_seed(args.seed)
+    model.requires_grad_(False).eval()
+    device, use_ebm = run.device, args.prior == "ebm"
+    bound = argparse.Namespace(**vars(args) | {"objective": "iwae"})
+    metrics = common.mean_over(
+        lambda x: {"bound_nats": objective(model, x, bound, use_ebm)["bound_nats"]},
+        data.batches(test, args.eval_batch), device)
+    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+    steps = args.prior_steps if use_ebm else 0
+
+    def sample(n):
+        return joint_images(model, sample_prior(model, n, args, device, steps))
+
+    def generate(x, targets, n_steps=args.cross_steps, use_ebm=use_ebm):
+        z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
+        return {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
+
+    metrics |= common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
+    base = common.coherence_joint(lambda n: joint_images(model, start_prior(n, model, args, device)),
+                                  judges, args.n_eval, args.eval_batch, real)
+    metrics |= {f"{key}_base": value for key, value in base.items()}
+    cross = common.coherence_cross(generate, test, judges, args.eval_batch, real)
+    metrics |= cross | real.metrics
+    if args.cross_steps and use_ebm and judges:
+        cross = common.coherence_cross(lambda x, t: generate(x, t, use_ebm=False), test, judges,
+                                       args.eval_batch)
+    metrics |= {f"{k}_base": v for k, v in cross.items() if k.startswith("coherence_cross")}
+    if judges:
+        metrics |= controls(model, train_set, test, judges, generate, args, run)
+    if use_ebm:
+        metrics |= diagnose_prior(model, test, args, run)
+    metrics |= diagnose_posterior(model, test, args, run, use_ebm)
+    given = test.take(slice(8), device)
+    common.draw_samples(run.dir, sample, generate, given)
+    return metrics
+
+
+def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judges, generate, args,
+             run, n: int = 2000) -> dict[str, float]:
+    """Does the EBM earn its place? Joint coherence (2,000 samples) of mixtures of Gaussians and of
+    resampling fitted to encoded z, and of other chain lengths; cross coherence with Langevin."""
+    z, metrics, few = encoded_z(model, train_set.head(5000), args, run.device), {}, test.head(1000)
+    priors = {"resampled": lambda b: z[torch.randint(len(z), (b,), device=z.device)]}
+    for k in args.gmm:
+        gmm = common.fit_gmm(z, min(k, len(z)), n_iter=30)
+        priors[f"gmm{k}"] = lambda b, gmm=gmm: common.sample_gmm(gmm, b).to(z.device)
+    for steps in args.prior_sweep if args.prior == "ebm" else []:
+        priors[f"steps{steps}"] = lambda b, steps=steps: sample_prior(model, b, args, z.device,
+                                                                      steps)
+    for name, draw in priors.items():
+        joint = common.coherence_joint(lambda b: joint_images(model, draw(b)), judges,
+                                       min(n, args.n_eval), args.eval_batch)
+        metrics |= {f"{key}_{name}": value for key, value in joint.items()}
+    single = [(m,) for m in test.modalities]
+    for steps in dict.fromkeys((0, args.post_steps)):
+        cross = common.coherence_cross(lambda x, t: generate(x, t, n_steps=steps), few, judges,
+                                       args.eval_batch, subsets=single)
+        metrics[f"coherence_cross_1_langevin{steps}"] = cross["coherence_cross_1"]
+    return metrics
+
+
+@torch.no_grad()
+def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str, float]:
+    """f and spread of z_pos and z_neg; a chain 20 times as long (is it a sampler, or a short-run
+    flow?), its mean log-density along the way; Metropolis acceptance at its end as bias."""
+    x = test.head(2000)
+    v = torch.cat([start_posterior(model, b, args)
+                   for b in data.batches(x, args.eval_batch, device=run.device)])
+    z_pos = v[:, :model.z_dim] if args.ebm_on == "z" else v
+    z_neg, trace = sample_prior(model, len(v), args, run.device), []
+    n_steps = 20 * max(args.prior_steps, 1)
+    z_long = sample_prior(model, 64, args, run.device, n_steps, trace)
+
+    def log_prob(u):
+        z, w = u[:, :model.z_dim], u[:, model.z_dim:]
+        return log_base(z, args) + log_laplace(w, 0.0, 1.0) + model.ebm(u)
+
+    chains = torch.stack(trace)                                            # [n c d]
+    energy = -torch.stack([log_prob(u) for u in chains])                   # [n c]
+    rate = metropolis_rate(log_prob, lambda u: prior_gradient(model, u, args), z_long,
+                           args.prior_step_size)
+    report = common.chain_report(chains[n_steps // 2:].cpu(), run.dir / "diagnostics.png", rate,
+                                 energy[:, :8].cpu())
+    f_pos, f_neg, f_long = (model.ebm(u).mean() for u in (z_pos, z_neg, z_long))
+    return report | {
+        "f_pos": f_pos, "f_neg": f_neg, "f_long": f_long, "gap": f_pos - f_neg,
+        "std_pos": z_pos.std(), "std_neg": z_neg.std(), "std_long": z_long.std(),
+        "max_pos": z_pos.abs().max(), "max_neg": z_neg.abs().max(), "accept_rate": rate,
+        "energy_start": energy[0].mean(), "energy_trained": energy[n_steps // 20 - 1].mean(),
+        "energy_long": energy[-1].mean()}
+
+
+def diagnose_posterior(model: MMVAEPlus, test: data.Dataset, args, run, use_ebm) -> dict:
+    """log p(v, x) before and after post_steps on 200 test items, and reconstruction errors."""
+    x = test.head(200).take(slice(200), run.device)
+    start = sample_posterior(model, x, args, 0, use_ebm)
+    end = langevin(lambda v: log_joint(model, x, v, args, use_ebm), start, args.post_steps,
+                   args.post_step_size, clip=args.post_clip)
+    metrics = {}
+    for name, v in (("start", start), ("end", end)):
+        z, w = model.split(v)
+        error = [(x[m] - model.decode(m, z, w[i])).abs().mean() for i, m in enumerate(x)]
+        metrics |= {f"post_log_p_{name}_nats": log_joint(model, x, v, args, use_ebm).mean(),
+                    f"post_error_{name}": torch.stack(error).mean()}
+    return metrics
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate; returns the metrics of result.json."""
+    args = parse_args(argv)
+    with common.open_run(args, __file__, argv) as run:
+        common.seed_everything(args.seed)
+        sizes = {"train": args.n_train, "test": args.n_test}
+        sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
+                                 n_modalities=args.n_modalities).to(run.device)
+                for split, n in sizes.items()}
+        try:
+            model = MMVAEPlus(sets["train"].shapes, args)
+            model.to(run.device, memory_format=torch.channels_last)
+        except ValueError as error:
+            raise common.RunError(error) from None
+        run.start(model)
+        if args.eval_only:
+            model.load_state_dict(run.load(args.checkpoint, free=TEST_FLAGS)["model"])
+        else:
+            train(model, sets["train"], args, run)
+        test = sets["test"].head(args.n_eval)
+        metrics = evaluate(model, sets["train"], test, args, run)
+        return run.finish(metrics, sets["train"].note, len(test))
+
+
+if __name__ == "__main__":
+    common.cli(main)
