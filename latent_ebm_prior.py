@@ -259,7 +259,7 @@ class MMVAEPlus(nn.Module):
             empty = x[m].new_zeros(len(x[m]), 0)
             q["z"].append(self.encoders[m]["z"](x[m]))
             q["w"].append(self.encoders[m]["w"](x[m]) if self.w_dim else (empty, empty))
-        return [torch.stack(p).float() for name in q for p in zip(*q[name])]
+        return [torch.stack(p).to(self.aux) for name in q for p in zip(*q[name])]
 
     def decode(self, m: str, z: Tensor, w: Tensor) -> Tensor:
         """z, w [... d] -> mean images [... c h w], in one call."""
@@ -351,7 +351,8 @@ def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: floa
     r = (share * own).sum(0)                                               # r_m [m k b]
     log_r = (log_q * own).sum(0) - log_q.logsumexp(0)
     z_path.register_hook(lambda g: g * (1 - beta * r * (1 - share_k))[..., None])
-    w_path.register_hook(lambda g: g * (1 - beta * (1 - share_k))[..., None])
+    if w.requires_grad:                                                    # not without w
+        w_path.register_hook(lambda g: g * (1 - beta * (1 - share_k))[..., None])
     others = (share * (1 - own) * log_experts(z.detach(), *q[:2])).sum(0)
     return (share_k * (log_w - beta * (r * log_r + others))).sum(1).mean(0)
 

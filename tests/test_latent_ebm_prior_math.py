@@ -1,0 +1,448 @@
+"""The latent EBM prior's densities, bounds, samplers and steps against closed forms."""
+import argparse
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal
+
+import latent_ebm_prior as lep
+
+SHAPES = {"a": (1, 4, 4), "b": (3, 4, 4), "c": (1, 4, 4)}
+
+
+def options(*flags):
+    return lep.parse_args(["--dataset", "paired", "--z_dim", "3", "--w_dim", "2", "--ebm_hidden",
+                           "8", "--prior_steps", "3", "--post_steps", "3", "--chains", "16", *flags])
+
+
+def build(*flags, shapes=SHAPES, b=5):
+    args = options(*flags)
+    torch.manual_seed(0)
+    model = lep.MMVAEPlus(shapes, args).double()
+    torch.nn.init.normal_(model.aux)
+    x = {m: torch.rand(b, *s, dtype=torch.float64) for m, s in shapes.items()}
+    return model, x, args
+
+
+def optimisers(model, args):
+    return lep.make_optimisers(model, args, SimpleNamespace(world=1))
+
+
+def grads(parameters):
+    return [None if p.grad is None else p.grad.clone() for p in parameters]
+
+
+# ---- Nets and densities --------------------------------------------------------------------------
+def test_parameter_counts_of_the_published_nets():
+    model = lep.MMVAEPlus({f"m{i}": (3, 28, 28) for i in range(5)},
+                          lep.parse_args(["--dataset", "polymnist"]))
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in
+             (("all", model), ("ebm", model.ebm), ("tower", model.encoders["m0"]["z"]),
+              ("decoder", model.decoders["m0"]))}
+    assert count == {"all": 22_156_655 + 47_001, "ebm": 47_001, "tower": 1_473_024,
+                     "decoder": 1_485_251}
+    pair = {"mnist": (1, 28, 28), "svhn": (3, 32, 32)}
+    args = lep.parse_args(["--dataset", "mnist_svhn"])
+    model = lep.MMVAEPlus(pair, args)
+    for m, shape in pair.items():
+        (mu_z, scale_z, mu_w, _), z = model.encode({m: torch.rand(1, *shape)}), torch.randn(2, 3, 20)
+        assert mu_z.shape == (1, 1, 20) and mu_w.shape == (1, 1, 0)
+        assert model.decode(m, z, z[..., :0]).shape == (2, 3, *shape)
+    assert args.rescale and model.weight == {"mnist": 3072 / 784, "svhn": 1.0}
+
+
+def test_densities_are_those_of_torch():
+    z, mu, scale = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3) + 0.1
+    assert torch.allclose(lep.log_laplace(z, mu, scale), Laplace(mu, scale).log_prob(z).sum(-1))
+    for base, dist in (("laplace", Laplace), ("gaussian", Normal)):
+        args = options("--base", base, "--base_scale", "1.7")
+        assert torch.allclose(lep.log_base(z, args), dist(0.0, 1.7).log_prob(z).sum(-1))
+    x, mean = torch.rand(5, 3, 2, 2), torch.randn(7, 5, 3, 2, 2)
+    ours = lep.log_lik(x, mean, 0.75)
+    assert torch.allclose(ours, Laplace(mean, 0.75).log_prob(x).sum((-1, -2, -3)))
+
+
+def test_laplace_samples_have_the_right_law_and_gradient():
+    mu, scale = torch.tensor(1.5, requires_grad=True), torch.tensor(0.7, requires_grad=True)
+    torch.manual_seed(1)
+    z = lep.sample_laplace(mu.expand(400_000), scale.expand(400_000))
+    assert abs(z.mean() - 1.5) < 0.01 and abs((z - 1.5).abs().mean() - 0.7) < 0.01
+    assert abs((z < 1.5 - 0.7 * math.log(2)).float().mean() - 0.25) < 0.005
+    (z - 1.5).square().mean().backward()                     # variance 2 scale^2: slope 4 scale
+    assert abs(scale.grad - 2.8) < 0.1 and abs(mu.grad) < 0.02
+    assert lep.sum_to_dim(torch.randn(5, 4)).sum(-1).allclose(torch.tensor(4.0), atol=1e-4)
+
+
+def test_the_mixture_of_experts_is_torchs_mixture():
+    mu, scale, z = torch.randn(3, 5, 2), torch.rand(3, 5, 2) + 0.2, torch.randn(4, 7, 5, 2)
+    ours = lep.log_experts(z, mu, scale).logsumexp(0) - math.log(3)
+    parts = Independent(Laplace(mu.permute(1, 0, 2), scale.permute(1, 0, 2)), 1)
+    theirs = MixtureSameFamily(Categorical(torch.ones(5, 3)), parts).log_prob(z)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["gelu", "lrelu"])
+@pytest.mark.parametrize("bound", [0.0, 0.3])
+def test_closed_form_gradient_is_autograds(act, bound):
+    ebm = lep.EBM(4, 16, act, bound).double()
+    z = (3 * torch.randn(9, 4, dtype=torch.float64)).requires_grad_(True)
+    (grad,) = torch.autograd.grad(ebm(z).sum(), z)
+    assert torch.allclose(ebm.gradient(z), grad, atol=1e-12)
+    assert not bound or ebm(1e6 * z).abs().max() <= bound
+    ebm(z, fixed=True).sum().backward()
+    assert torch.allclose(z.grad, grad) and all(p.grad is None for p in ebm.parameters())
+
+
+@pytest.mark.parametrize("flags", [("--base", "laplace"), ("--base", "gaussian", "--ebm_on", "u")])
+def test_prior_gradient_is_that_of_the_prior(flags):
+    model, _, args = build(*flags, "--base_scale", "1.3")
+    u = lep.start_prior(6, model, args, "cpu").double().requires_grad_(True)
+    z, w = u[:, :3], u[:, 3:]
+    log_p = lep.log_prior(model, z, w.split(2, 1), args, True) + lep.log_laplace(w, 0.0, 1.0)
+    (grad,) = torch.autograd.grad(log_p.sum(), u)
+    assert torch.allclose(lep.prior_gradient(model, u.detach(), args), grad, atol=1e-12)
+
+
+# ---- Bounds --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [
+    (), ("--beta", "2.5", "--rescale"), ("--objective", "iwae", "--k", "3"), ("--no-private",),
+    ("--ebm_on", "u", "--base", "gaussian")])
+def test_objective_is_the_sum_over_experts_written_out(flags, monkeypatch):
+    model, x, args = build(*flags)
+    monkeypatch.setattr(lep, "sample_laplace", lambda mu, s: mu + s * torch.linspace(
+        -1, 2, mu.shape[1], dtype=mu.dtype).reshape(-1, 1, 1) if mu.ndim == 4 else mu + s)
+    ours = lep.objective(model, x, args, True)
+    mu_z, s_z, mu_w, s_w = (p.detach() for p in model.encode(x))
+    names, d_w, total = list(SHAPES), model.w_dim, 0.0
+    shift = torch.linspace(-1, 2, args.k, dtype=torch.float64)
+    for m in range(3):
+        log_w = []
+        for k in range(args.k):
+            z, w = mu_z[m] + shift[k] * s_z[m], mu_w + shift[k] * s_w      # [b d], [n b d]
+            log_p = lep.log_base(z, args) + Laplace(0, 1).log_prob(w[m]).sum(-1)
+            u = z if args.ebm_on == "z" else torch.cat([z, *w], 1)
+            log_p = log_p + model.ebm(u)
+            q = torch.stack([Laplace(mu_z[j], s_z[j]).log_prob(z).sum(1).exp() for j in range(3)])
+            log_q = q.mean(0).log() + Laplace(mu_w[m], s_w[m]).log_prob(w[m]).sum(1)
+            lik = 0.0
+            for n, name in enumerate(names):
+                aux = shift[k] * lep.sum_to_dim(model.aux[n])
+                code = w[n] if n == m else aux.expand(5, d_w)
+                mean = model.decoders[name](torch.cat([code, z], 1))
+                lik = lik + model.weight[name] * Laplace(mean, 0.75).log_prob(x[name]).sum((1, 2, 3))
+            log_w.append(lik + args.beta * (log_p - log_q))
+        total = total + (torch.stack(log_w).logsumexp(0) - math.log(args.k)) / 3
+    expected = total.mean()
+    assert ours["bound_nats"].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert ours["loss"].item() == pytest.approx(-expected.item(), rel=1e-9)
+    dim = 3 + 6 * (args.ebm_on == "u")
+    assert ours["z_pos"].shape == (15 * args.k, dim) and not ours["z_pos"].requires_grad
+
+
+def toy_weight(z, w, q, beta=1.0):
+    """A target that is no Laplace, w private: [m k b]."""
+    log_p = Normal(torch.tensor(0.8), 0.6).log_prob(z).sum(-1) + \
+        Normal(0.3 * z, 1.1).log_prob(w).sum(-1)
+    log_q = lep.log_experts(z, *q[:2]).logsumexp(0) - math.log(len(z))
+    return log_p + beta * (-log_q - lep.log_laplace(w, q[2][:, None], q[3][:, None]))
+
+
+def toy_gradients(surrogate, n, beta, k, private):
+    q = [torch.tensor(v).reshape(2, 1, 1).requires_grad_(True) for v in
+         ([0.2, 1.4], [0.7, 0.4], [0.1, -0.5], [1.2, 0.8])]
+    if not private:
+        q[2:] = [torch.zeros(2, 1, 0), torch.ones(2, 1, 0)]
+    wide = [p.expand(2, n, p.shape[-1]) for p in q]
+    expand = [p[:, None].expand(2, k, n, p.shape[-1]) for p in wide]
+    z, w = lep.sample_laplace(*expand[:2]), lep.sample_laplace(*expand[2:])
+    if surrogate == "dreg":
+        bound = lep.dreg_surrogate(lambda z, w, q: toy_weight(z, w, q, beta), z, w, wide, beta)
+    else:
+        bound = lep.importance_bound(toy_weight(z, w, wide, beta))
+    leaves = [p for p in q if p.requires_grad]
+    value = lep.importance_bound(toy_weight(z, w, wide, beta)).mean().item()
+    return value, torch.cat([g.flatten() for g in torch.autograd.grad(bound.mean(), leaves)])
+
+
+@pytest.mark.parametrize("beta, k, private", [(1.0, 2, False), (1.0, 5, True), (2.5, 3, True)])
+def test_dreg_and_iwae_have_the_same_mean_gradient_and_dreg_less_noise(beta, k, private):
+    torch.manual_seed(0)
+    draws = {s: torch.stack([toy_gradients(s, 20_000, beta, k, private)[1] for _ in range(30)])
+             for s in ("iwae", "dreg")}
+    mean = {s: g.mean(0) for s, g in draws.items()}
+    error = (draws["iwae"].var(0) / 30 + draws["dreg"].var(0) / 30).sqrt()
+    assert ((mean["iwae"] - mean["dreg"]).abs() < 4.5 * error).all()
+    if beta == 1:
+        assert (draws["dreg"].var(0) < draws["iwae"].var(0)).float().mean() > 0.7
+
+
+def test_looser_iwae_and_dreg_against_quadrature():
+    mu, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True)
+                 for v in ([0.2, 1.4], [0.7, 0.4]))
+    t = (torch.arange(1500, dtype=torch.float64) + 0.5) / 1500 - 0.5       # quantiles
+    t = -t.sign() * torch.log1p(-2 * t.abs())
+    exact = 0.0
+    for m in range(2):
+        z = mu[m] + scale[m] * t
+        log_q = Laplace(mu[:, None], scale[:, None]).log_prob(z).logsumexp(0) - math.log(2)
+        log_w = Normal(torch.tensor(0.8, dtype=torch.float64), 0.6).log_prob(z) - log_q
+        exact = exact + (torch.logaddexp(log_w[:, None], log_w) - math.log(2)).mean() / 2  # K = 2
+    grad = torch.cat(torch.autograd.grad(exact, (mu, scale)))
+    torch.manual_seed(0)
+    for surrogate in ("iwae", "dreg"):
+        runs = [toy_gradients(surrogate, 50_000, 1.0, 2, False) for _ in range(12)]
+        value, draws = sum(v for v, _ in runs) / 12, torch.stack([g for _, g in runs])
+        assert value == pytest.approx(exact.item(), abs=2e-3)
+        error = draws.std(0) / math.sqrt(12)
+        assert ((draws.mean(0) - grad).abs() < 5 * error + 2e-3).all(), surrogate
+
+
+def test_iwae_grows_with_k_towards_the_evidence():
+    torch.manual_seed(0)
+    values = [toy_gradients("iwae", 20_000, 1.0, k, False)[0] for k in (1, 5, 50)]
+    assert values[0] < values[1] < values[2] < 0.002 and values[2] > -0.02     # log 1
+
+
+def test_a_target_costs_one_decoder_call(monkeypatch):
+    model, x, args = build("--objective", "iwae", "--k", "2")
+    calls = []
+    for m, net in model.decoders.items():
+        net.register_forward_hook(lambda _, u, __, m=m: calls.append((m, len(u[0]))))
+    lep.objective(model, x, args, True)
+    assert calls == [("a", 30), ("b", 30), ("c", 30)]
+
+
+# ---- Samplers ------------------------------------------------------------------------------------
+def test_langevin_settles_at_its_biased_variance():
+    torch.manual_seed(0)
+    for s, v in ((0.4, 1.0), (0.8, 2.0)):
+        z = lep.langevin(lambda z: -(z**2).sum(1) / (2 * v), torch.randn(20_000, 4), 100, s)
+        assert z.var().item() == pytest.approx(v / (1 - s**2 / (4 * v)), rel=0.015)
+
+
+@pytest.mark.parametrize("step, expected", [(0.1, 1.005), (0.4, 1.044)])
+def test_chains_of_the_flat_ebm_follow_the_base(step, expected):
+    model, _, args = build("--prior_step_size", str(step), "--bound", "0")
+    for p in model.ebm.parameters():
+        torch.nn.init.zeros_(p)
+    model.float()
+    z = lep.sample_prior(model, 30_000, args, "cpu", n_steps=60)
+    assert z.abs().mean().item() == pytest.approx(expected, abs=0.015)
+    z = lep.sample_prior(model, 30_000, args, "cpu", n_steps=0)
+    assert z.abs().mean().item() == pytest.approx(1.0, abs=0.015)
+
+
+def test_langevin_leaves_its_input_alone_and_rows_apart():
+    z = torch.randn(6, 2, requires_grad=True)
+    before, trace = z.detach().clone(), []
+    torch.manual_seed(3)
+    end = lep.langevin(lambda z: -(z**4).sum(1), z, 5, 0.1, trace=trace)
+    assert torch.equal(z, before) and not end.requires_grad and len(trace) == 5
+    assert torch.equal(trace[-1], end)
+    other = torch.cat([before[:3], 5 * before[3:]])
+    torch.manual_seed(3)
+    assert torch.equal(lep.langevin(lambda z: -(z**4).sum(1), other, 5, 0.1)[:3], end[:3])
+    torch.manual_seed(3)
+    closed = lep.langevin(None, before, 5, 0.1, gradient=lambda z: -4 * z**3)
+    assert torch.allclose(closed, end, atol=1e-6)
+    torch.manual_seed(3)
+    clipped = lep.langevin(None, before, 1, 1.0, lambda z: 1e6 * torch.ones_like(z), clip=2.0)
+    torch.manual_seed(3)
+    free = lep.langevin(None, before, 1, 1.0, lambda z: torch.full_like(z, math.sqrt(2.0)))
+    assert torch.allclose(clipped, free, atol=1e-5)
+
+
+def test_posterior_chain_reaches_the_posterior_of_quadrature():
+    """One modality of 8 pixels, one z, no w: mean and variance of exp(f) p0 p(x|z)."""
+    shapes = {"a": (1, 2, 4)}
+    model, x, args = build("--z_dim", "1", "--no-private", "--base", "gaussian",
+                           "--post_step_size", "0.1", "--beta", "2.0", shapes=shapes, b=1)
+    with torch.no_grad():
+        model.ebm.layers[2].weight.mul_(8)
+    class Ramp(torch.nn.Module):                        # as a decoder: mean image z * ramp
+        def forward(self, u):
+            return u.reshape(-1, 1, 1, 1) * torch.linspace(0.5, 1.5, 8).double().reshape(1, 2, 4)
+    model.decoders["a"] = Ramp()
+    axis = torch.linspace(-6, 6, 4001, dtype=torch.float64)[:, None]
+    log_p = Normal(0, 1).log_prob(axis[:, 0]) + model.ebm(axis) + 0.5 * Laplace(
+        model.decoders["a"](axis), 0.75).log_prob(x["a"]).sum((1, 2, 3))
+    assert torch.allclose(lep.log_joint(model, {"a": x["a"].expand(4001, 1, 2, 4)}, axis, args, True),
+                          log_p, atol=1e-9)
+    p = log_p.softmax(0).detach()
+    mean = (p * axis[:, 0]).sum()
+    var = (p * (axis[:, 0] - mean) ** 2).sum()
+    many = {"a": x["a"].expand(8000, 1, 2, 4)}
+    torch.manual_seed(0)
+    z = lep.sample_posterior(model, many, args, 400, True)[:, 0]
+    assert z.mean().item() == pytest.approx(mean.item(), abs=0.02)
+    assert z.var().item() == pytest.approx(var.item(), rel=0.06)
+
+
+def test_log_joint_counts_the_observed_only_and_tempers():
+    model, x, args = build("--beta", "2.5")
+    v = torch.randn(5, 9, dtype=torch.float64)
+    z, w = v[:, :3], [v[:, 3:5], v[:, 5:7], v[:, 7:]]
+    prior = model.ebm(z) + sum(Laplace(0, 1).log_prob(p).sum(1) for p in (z, *w))
+    lik = [Laplace(model.decoders[m](torch.cat([w[i], z], 1)), 0.75).log_prob(x[m]).sum((1, 2, 3))
+           for i, m in enumerate(SHAPES)]
+    ours = lep.log_joint(model, {"b": x["b"]}, v, args, True)
+    assert torch.allclose(ours, prior + lik[1] / 2.5)
+    args.temper = False
+    assert torch.allclose(lep.log_joint(model, x, v, args, False),
+                          prior - model.ebm(z) + sum(lik))
+
+
+def test_start_posterior_mixes_experts_and_draws_missing_w_from_the_prior():
+    model, x, args = build(b=2)
+    x = {m: v[:1].expand(6000, *v.shape[1:]) for m, v in x.items()}
+    mu_z, _, mu_w, s_w = model.encode({m: v[:1] for m, v in x.items()})
+    v = lep.start_posterior(model, {m: x[m] for m in ("a", "c")}, args)
+    z, w = model.split(v)
+    assert torch.allclose(z.mean(0), (mu_z[0, 0] + mu_z[2, 0]) / 2, atol=0.1)
+    assert torch.allclose(w.mean(1), torch.stack([mu_w[0, 0], 0 * mu_w[1, 0], mu_w[2, 0]]), atol=0.1)
+    assert torch.allclose((w[0] - mu_w[0, 0]).abs().mean(0), s_w[0, 0], atol=0.1)
+
+
+def test_posterior_chain_raises_log_p():
+    model, x, args = build("--post_step_size", "0.05")
+    x = {m: v.repeat(40, 1, 1, 1) for m, v in x.items()}
+    start = 2 * torch.randn(200, 9, dtype=torch.float64)
+    end = lep.langevin(lambda v: lep.log_joint(model, x, v, args, True), start, 40, 0.05)
+    assert lep.log_joint(model, x, end, args, True).mean() > \
+        lep.log_joint(model, x, start, args, True).mean() + 0.2
+
+
+def test_metropolis_rate_is_that_of_the_proposal_densities():
+    torch.manual_seed(0)
+    z, s = torch.randn(200_000, 1), 0.9
+    rate = lep.metropolis_rate(lambda z: -(z**2).sum(1) / 2, lambda z: -z, z, s)
+    new = Normal((1 - s**2 / 2) * z, s).sample()
+    ratio = Normal(0, 1).log_prob(new) - Normal(0, 1).log_prob(z) + \
+        Normal((1 - s**2 / 2) * new, s).log_prob(z) - Normal((1 - s**2 / 2) * z, s).log_prob(new)
+    assert rate.item() == pytest.approx(ratio.clamp_max(0).exp().mean().item(), abs=3e-3)
+    assert rate < 0.99
+    small = lep.metropolis_rate(lambda z: -(z**2).sum(1) / 2, lambda z: -z, z, 0.05)
+    assert small > 0.999
+
+
+# ---- Learning ------------------------------------------------------------------------------------
+def test_one_ebm_step_lifts_the_data_over_the_chains():
+    model, _, args = build("--lr_ebm", "0.01")
+    model.float()
+    before, z_pos = copy.deepcopy(model.ebm), 2 + torch.randn(200, 3)
+    metrics = lep.ebm_step(model, z_pos, optimisers(model, args)["ebm"], args, 1)
+    z_neg = lep.sample_prior(model, 2000, args, "cpu")
+    rise = model.ebm(z_pos).mean() - before(z_pos).mean() - \
+        (model.ebm(z_neg).mean() - before(z_neg).mean())
+    assert rise > 0.01
+    f_pos, f_neg = torch.tensor([1.0, 3.0]), torch.tensor([0.5])
+    assert lep.ebm_loss(f_pos, f_neg, 0.1).item() == pytest.approx(0.5 - 2 + 0.1 * (5 + 0.25))
+    assert metrics["gap"] == pytest.approx((metrics["f_pos"] - metrics["f_neg"]).item(), abs=1e-6)
+
+
+def test_a_one_dimensional_ebm_is_learned_to_two_percent():
+    """Total variation between exp(f) p0 / Z, Z by quadrature, and a target with two modes."""
+    args = options("--z_dim", "1", "--no-private", "--ebm_hidden", "16", "--prior_steps", "100",
+                   "--prior_step_size", "0.3", "--chains", "500", "--base", "gaussian",
+                   "--base_scale", "1.5")
+    model, axis = lep.MMVAEPlus({"a": (1, 2, 2)}, args), torch.linspace(-8, 8, 4001)[:, None]
+    target = MixtureSameFamily(Categorical(torch.tensor([0.65, 0.35])),
+                               Normal(torch.tensor([-0.8, 1.2]), torch.tensor([0.8, 0.7])))
+    q = target.log_prob(axis[:, 0]).softmax(0)
+    z_pos = axis[torch.searchsorted(q.cumsum(0), (torch.arange(2000) + 0.5) / 2000)]
+    opt, mean = torch.optim.Adam(model.ebm.parameters(), 0.02), copy.deepcopy(model.ebm)
+    for i in range(160):
+        opt.param_groups[0]["lr"] = 0.02 * (1 - i / 160) + 1e-4
+        lep.ebm_step(model, z_pos, opt, args, 1)
+        weight = 1.0 if i < 80 else 1 / (i - 79)                  # the mean of the last 80 steps
+        for a, b in zip(mean.parameters(), model.ebm.parameters()):
+            a.data.lerp_(b.data, weight)
+    p0 = lep.log_base(axis, args)
+    tv = [0.5 * ((p0 + f).detach().softmax(0) - q).abs().sum() for f in (mean(axis), 0.0)]
+    assert tv[0] < 0.02 and tv[1] > 0.1, tv
+
+
+def test_vae_loss_leaves_the_ebm_alone_and_reaches_all_else():
+    model, x, args = build()
+    lep.objective(model, x, args, True)["loss"].backward()
+    for name, p in model.named_parameters():
+        if name.startswith("ebm"):
+            assert p.grad is None
+        else:
+            assert p.grad.abs().sum() > 0, name
+    with_f = grads(model.encoders.parameters())
+    model.zero_grad()
+    with torch.no_grad():
+        model.ebm.layers[2].weight.mul_(1000)
+    torch.manual_seed(0)
+    lep.objective(model, x, args, True)["loss"].backward()
+    assert not torch.allclose(with_f[0], next(model.encoders.parameters()).grad)   # f pulls on phi
+
+
+def test_a_train_step_moves_each_net_by_its_own_loss():
+    model, x, args = build()
+    model.float()
+    x = {m: v.float() for m, v in x.items()}
+    before, opts = copy.deepcopy(model.state_dict()), optimisers(model, args)
+    metrics = lep.train_step(model, x, opts, args)
+    assert all(not torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(v.ndim == 0 and not v.requires_grad for v in metrics.values())
+    before = copy.deepcopy(model.state_dict())
+    lep.ebm_step(model, torch.randn(9, 3), opts["ebm"], args, 1)
+    for k, v in model.state_dict().items():
+        assert torch.equal(before[k], v) == (not k.startswith("ebm.")), k
+    before = copy.deepcopy(model.ebm.state_dict())
+    lep.train_step(model, x, opts, args, use_ebm=False)
+    assert all(torch.equal(before[k], v) for k, v in model.ebm.state_dict().items())
+
+
+@pytest.mark.parametrize("phi", ["elbo", "teach"])
+@pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
+def test_mcmc_updates_mix_the_two_gradients_as_written(phi, rho, monkeypatch):
+    model, x, args = build("--inference", "mcmc", "--rho", str(rho), "--phi", phi)
+    v = torch.randn(5, 9, dtype=torch.float64)
+    monkeypatch.setattr(lep, "sample_posterior", lambda *_: v.clone())
+    monkeypatch.setattr(lep, "sample_laplace", lambda mu, s: mu + 0.5 * s)
+    params = {"phi": list(model.encoders.parameters()),
+              "theta": [*model.decoders.parameters(), model.aux]}
+    lep.objective(model, x, args, True)["loss"].backward()
+    vae = {k: grads(p) for k, p in params.items()}
+    z_pos, _ = lep.mcmc_gradients(model, x, params, args, True)
+    assert torch.equal(z_pos, v[:, :3])
+    mixed = {k: grads(p) for k, p in params.items()}
+    z, w = v[:, :3], [v[:, 3:5], v[:, 5:7], v[:, 7:]]
+    nll = 0.0
+    for i, m in enumerate(SHAPES):
+        for code in (w[i], (0.5 * lep.sum_to_dim(model.aux[i])).expand(5, 2)):
+            mean = model.decoders[m](torch.cat([code, z], 1))
+            nll = nll - Laplace(mean, 0.75).log_prob(x[m]).sum((1, 2, 3)).mean()
+    chain = torch.autograd.grad(nll, params["theta"])
+    for got, a, b in zip(mixed["theta"], vae["theta"], chain):
+        assert torch.allclose(got, (1 - rho) * a + rho * b, atol=1e-9)
+    if phi == "teach":
+        mu_z, s_z, mu_w, s_w = model.encode(x)
+        loss = -sum(Laplace(mu_z[m], s_z[m]).log_prob(z).sum(1) for m in range(3)).mean() / 3 - \
+            sum(Laplace(mu_w[m], s_w[m]).log_prob(w[m]).sum(1) for m in range(3)).mean()
+        vae["phi"] = torch.autograd.grad(loss, params["phi"])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(mixed["phi"], vae["phi"]))
+
+
+def test_mcmc_step_trains_the_ebm_on_the_ends_of_the_chains(monkeypatch):
+    model, x, args = build("--inference", "mcmc")
+    model.float()
+    x, seen = {m: v.float() for m, v in x.items()}, []
+    v = torch.randn(5, 9)
+    monkeypatch.setattr(lep, "sample_posterior", lambda *_: v)
+    monkeypatch.setattr(lep, "ebm_step", lambda model, z_pos, *_: seen.append(z_pos) or {})
+    lep.train_step(model, x, optimisers(model, args), args)
+    assert torch.equal(seen[0], v[:, :3])
+
+
+def test_divergence_is_named():
+    run, args = SimpleNamespace(world=1), options("--max_gap", "3")
+    assert lep.diverged({"gap": torch.tensor(-2.9), "f_pos": torch.tensor(1.0)}, args, run) == ""
+    assert "gap" in lep.diverged({"gap": torch.tensor(-3.1)}, args, run)
+    assert "finite" in lep.diverged({"bound_nats": torch.tensor(math.nan)}, args, run)

@@ -1,0 +1,219 @@
+"""latent_ebm_prior.py end to end through its command line: files, resume, ranks, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import latent_ebm_prior as lep
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3", "--chains", "8",
+        "--post_steps", "2", "--batch_size", "32", "--epochs_vae", "3", "--epochs_ebm", "2",
+        "--log_every", "1", "--eval_batch", "64", "--prior_sweep", "0", "5", "--gmm", "2",
+        "--width", "4", "--net", "mlp", "--n_eval", "40"]
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 200), ("test", 30)):
+        shade = rng.integers(0, 255, (n, 1, 1, 1))
+        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
+                ((shade, 1), (255 - shade, 3)))
+        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
+    return tmp_path
+
+
+def flags(folder, *more):
+    return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
+            *TINY, *more]
+
+
+def folder_of(folder, name="runs"):
+    return folder / name / "latent_ebm_prior/paired/0"
+
+
+def script(arguments):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, "latent_ebm_prior.py", *arguments], cwd=ROOT, env=env,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def lines(run_dir):
+    """metrics.jsonl without the wall clock."""
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
+
+
+def wait_for(process, path, text, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{text} did not come")
+
+
+def untrained_judges(train, test, *_):
+    torch.manual_seed(0)
+    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
+    for judge in judges.values():
+        judge.accuracy = 0.1
+    return judges
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("more", [("--net", "conv", "--cross_steps", "2"),
+                                  ("--net", "resnet", "--inference", "mcmc", "--ebm_on", "u")])
+def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypatch, more):
+    monkeypatch.setattr(common, "load_judges", untrained_judges)
+    monkeypatch.setattr(common, "load_inception", lambda *_: None)
+    arguments = ["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24",
+                 "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "runs"), *TINY, *more]
+    metrics = lep.main(arguments)
+    run_dir = tmp_path / "runs/latent_ebm_prior/synth_polymnist/0"
+    for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
+                 "cross.png", "curves.png", "diagnostics.png", "result.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert {"coherence_joint", "coherence_joint_base", "coherence_cross_1", "accept_rate", "gap",
+            "coherence_cross_1_base", "coherence_joint_gmm2", "coherence_joint_resampled",
+            "coherence_joint_steps0", "coherence_joint_steps5", "coherence_cross_1_langevin2",
+            "frechet_clf_m0", "frechet_clf_m0_base", "energy_long", "ess_per_step", "std_neg",
+            "post_log_p_end_nats", "bound_nats"} <= set(metrics)
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["metrics"]["coherence_cross_2"] == metrics["coherence_cross_2"]
+    assert lep.main([*arguments, "--eval_only"]) == pytest.approx(metrics, nan_ok=True)
+
+
+@pytest.mark.parametrize("more", [
+    ("--objective", "dreg", "--k", "3", "--no-private"), ("--objective", "iwae", "--k", "2"),
+    ("--inference", "mcmc", "--phi", "teach", "--post_init", "noise", "--post_clip", "10"),
+    ("--base", "gaussian", "--bound", "0", "--ebm_reg", "0.1", "--ebm_act", "lrelu"),
+    ("--prior", "laplace", "--inference", "mcmc"), ("--amp", "--rescale")])
+def test_every_variant_trains(paired, more):
+    metrics = lep.main(flags(paired, "--epochs_vae", "8", "--lr", "0.005", *more))
+    rows = [r["bound_nats"] for r in lines(folder_of(paired)) if r["stage"] == "vae"]
+    assert np.mean(rows[-5:]) > np.mean(rows[:5]) and np.isfinite(metrics["bound_nats"])
+    assert ("gap" in metrics) == ("laplace" not in more)
+
+
+def test_second_stage_trains_the_ebm_alone(paired):
+    lep.main(flags(paired, "--epochs_ebm", "0"))
+    checkpoint = folder_of(paired) / "checkpoint.pt"
+    before = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    lep.main(flags(paired, "--overwrite"))
+    after = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    for name in before:
+        assert torch.equal(before[name], after[name]) != name.startswith("ebm."), name
+
+
+def test_same_seed_same_numbers_other_seed_others(paired):
+    out = [lep.main(flags(paired, "--seed", seed, "--overwrite")) for seed in ("0", "0", "1")]
+    assert out[0] == pytest.approx(out[1], rel=0, abs=0, nan_ok=True) and out[0] != out[2]
+
+
+def test_diverging_chains_roll_back_three_times_then_stop(paired, capsys, monkeypatch):
+    seen, plain = [], lep.make_optimisers
+
+    def remember(*args):
+        seen.append(plain(*args)["ebm"])
+        return {**plain(*args), "ebm": seen[-1]}
+    monkeypatch.setattr(lep, "make_optimisers", remember)
+    with pytest.raises(FloatingPointError, match="gap"):
+        lep.main(flags(paired, "--max_gap", "1e-9", "--lr_ebm", "0.08"))
+    events = [r for r in lines(folder_of(paired)) if r.get("event") == "rollback"]
+    assert [e["count"] for e in events] == [1, 2, 3] and "gap" in events[0]["reason"]
+    assert seen[0].param_groups[0]["lr"] == pytest.approx(0.08 / 8)
+
+
+def test_one_rollback_cures_a_broken_step_and_the_run_ends(paired, monkeypatch):
+    plain, count = lep.ebm_step, []
+
+    def broken_once(model, *rest):
+        count.append(1)
+        metrics = plain(model, *rest)
+        if len(count) == 4:
+            torch.nn.init.constant_(model.ebm.layers[0].weight, float("nan"))
+            return metrics | {"f_neg": torch.tensor(float("nan"))}
+        return metrics
+    monkeypatch.setattr(lep, "ebm_step", broken_once)
+    metrics = lep.main(flags(paired))
+    events = [r for r in lines(folder_of(paired)) if r.get("event") == "rollback"]
+    assert len(events) == 1 and np.isfinite(metrics["gap"])
+
+
+# ---- Resume --------------------------------------------------------------------------------------
+def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
+    options = ["--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",
+               "6"]
+    run_dir, whole_dir = folder_of(paired), folder_of(paired, "whole")
+    process = script(flags(paired, *options))
+    for stage in ("vae", "ebm"):
+        wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 9,')
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = script(flags(paired, *options, "--resume"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    process = script([*flags(paired, *options), "--out_dir", str(paired / "whole")])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert lines(run_dir) == lines(whole_dir)
+    models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
+              for d in (run_dir, whole_dir)]
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+    results = [json.loads((d / "result.json").read_text())["metrics"] for d in (run_dir, whole_dir)]
+    assert results[0] == results[1]
+
+
+def test_two_processes_train_as_one_at_the_same_global_batch(paired):
+    options = ["--epochs_vae", "12"]
+    single = lep.main(flags(paired, *options))
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "latent_ebm_prior.py", *flags(paired, *options), "--out_dir",
+               str(paired / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    two = folder_of(paired, "two")
+    double = json.loads((two / "result.json").read_text())["metrics"]
+    assert double["bound_nats"] == pytest.approx(single["bound_nats"], rel=0.1)
+    assert len(lines(two)) == len(lines(folder_of(paired)))
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments, words", [
+    (["--dataset", "mnits"], "--dataset"), (["--lr_ebm", "0"], "--lr_ebm"),
+    (["--rho", "1.5"], "--rho"), (["--k", "0"], "--k"), (["--k", "2"], "--objective"),
+    (["--objective", "dreg", "--ebm_on", "u"], "--ebm_on"), (["--bound", "-1"], "--bound"),
+    (["--prior_step_size", "nan"], "--prior_step_size"), (["--base", "cauchy"], "--base")])
+def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        lep.main([*arguments, "--out_dir", str(tmp_path)])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_nets_and_checkpoints_that_do_not_fit_are_one_line(paired, monkeypatch, capsys):
+    def exit_of(arguments):
+        monkeypatch.setattr(sys, "argv", ["latent_ebm_prior.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            common.cli(lep.main)
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and "Traceback" not in error
+        return stop.value.code, error
+    code, error = exit_of(flags(paired, "--net", "conv"))
+    assert code == 2 and "--net mlp" in error
+    lep.main(flags(paired, "--overwrite"))
+    capsys.readouterr()
+    code, error = exit_of(flags(paired, "--eval_only", "--z_dim", "4"))
+    assert code == 2 and "--z_dim" in error
