@@ -554,10 +554,14 @@ def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm
 
 def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
                  world: int = 1) -> dict[str, Tensor]:
-    """One step of the stage that trains f alone, from encoder outputs x['q_<m>'] [b 2d]."""
+    """One step of the stage that trains f alone, from with_encodings' x['q_<m>'] [b 2d]."""
     q = torch.stack([x[f"q_{m}"] for m in model.modalities])               # [m b 2d]
-    z_pos = rearrange(sample_laplace(*q.chunk(2, -1)), "m b d -> (m b) d")
-    return ebm_step(model, z_pos, opts["ebm"], args, world)
+    mu, scale = q.chunk(2, -1)
+    draw = sample_laplace(mu, scale)
+    u = z = draw[..., :model.z_dim]
+    if args.ebm_on == "u":
+        u = torch.cat([z, *repeat(draw[..., model.z_dim:], "n b d -> n m b d", m=len(z))], -1)
+    return ebm_step(model, u.flatten(0, 1), opts["ebm"], args, world)
 
 
 def diverged(metrics: dict[str, Tensor], args, run) -> str:
@@ -572,10 +576,12 @@ def diverged(metrics: dict[str, Tensor], args, run) -> str:
 
 
 def with_encodings(model: MMVAEPlus, dataset: data.Dataset) -> data.Dataset:
-    """Frozen encoders run once over every image: entries q_<m> = (mu_z, scale_z), [n 2d]."""
+    """Frozen encoders run once over every image: entries q_<m> = (mu_z, mu_w, scales), [n 2d]."""
+    def code(x: Tensor, m: str) -> Tensor:
+        mu_z, scale_z, mu_w, scale_w = (p[0] for p in model.encode({m: x}))
+        return torch.cat([mu_z, mu_w, scale_z, scale_w], 1)
     model.eval()
-    codes = {m: data.encode(lambda x, e=e: torch.cat(e["z"](x), 1), dataset.x[m])
-             for m, e in model.encoders.items()}
+    codes = {m: data.encode(lambda x, m=m: code(x, m), dataset.x[m]) for m in model.modalities}
     return dataset.attach("q", codes)
 
 
