@@ -26,7 +26,8 @@ Algorithm   for each minibatch
 Usage
   python latent_ebm_prior.py                                synthetic digits, minutes on a CPU
   python latent_ebm_prior.py --inference mcmc               with posterior chains
-  python latent_ebm_prior.py --dataset polymnist --data_dir DIR    full nets; --prior laplace: MMVAE+
+  python latent_ebm_prior.py --dataset polymnist --data_dir DIR    full nets
+  python latent_ebm_prior.py --prior laplace                the base alone: MMVAE+
 
 Deviations and choices (neither the paper's code nor its hyperparameters could be had)
   D1 f = c tanh(g/c), --bound c: with a Laplace p0 a steeper f would make exp(f) p0 improper
@@ -334,12 +335,12 @@ def importance_bound(log_w: Tensor) -> Tensor:
 
 
 def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: float) -> Tensor:
-    """[b] with the looser bound's expected gradient, less noisy (Tucker et al. 2019), z, w [m k b d].
+    """[b] with the looser bound's mean gradient, less noisy (Tucker et al. 2019); z, w [m k b d].
 
     With V_k = W_k / sum W and r_m = q_m / sum_j q_j, expert m's own score -beta V r_m d log q_m is
-    replaced by its reparameterised twin: the path through z is weighed V (1 - beta r_m (1 - V)), and
-    -beta V d r_m/dz added; other experts' scores stay. Through w: V (1 - beta (1 - V)). With M = 1,
-    beta = 1 both are the known V^2. log_weight(z, w, q) -> [m k b].
+    replaced by its reparameterised twin: the path through z weighs V (1 - beta r_m (1 - V)), and
+    -beta V d r_m/dz is added; other experts' scores stay. Through w: V (1 - beta (1 - V)). With
+    M = 1, beta = 1 both are the known V^2. log_weight(z, w, q) -> [m k b].
     """
     fixed = [p.detach() for p in q]
     z_path, w_path = z.clone(), w.clone()
@@ -446,7 +447,7 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
 
 
 def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: bool) -> Tensor:
-    """log p(v, x_S) up to a constant, likelihood to the power 1/beta with --temper: [b d] -> [b]."""
+    """log p(v, x_S) + constant, the likelihood to the power 1/beta with --temper: [b d] -> [b]."""
     z, w = model.split(v)
     log_p = log_prior(model, z, w, args, use_ebm) + log_laplace(w, 0.0, 1.0).sum(0)
     power = 1 / args.beta if args.temper else 1.0
@@ -492,8 +493,8 @@ def metropolis_rate(log_prob, gradient, z: Tensor, step_size: float) -> Tensor:
         return -((to - start - 0.5 * step_size**2 * grad) ** 2).sum(1) / (2 * step_size**2)
     grad = gradient(z)
     new = z + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
-    log_rate = log_prob(new) - log_prob(z) + log_move(z, new, gradient(new)) - log_move(new, z, grad)
-    return log_rate.clamp_max(0).exp().mean()
+    log_ratio = log_move(z, new, gradient(new)) - log_move(new, z, grad)
+    return (log_prob(new) - log_prob(z) + log_ratio).clamp_max(0).exp().mean()
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -608,19 +609,19 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
     per_epoch = max(len(train_set) // args.batch_size, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
 
-    def restore(state: dict) -> int:
-        model.load_state_dict(state["model"])
-        for key in opts:
-            opts[key].load_state_dict(state["opts"][key])
-        for group in opts["ebm"].param_groups:
-            group["lr"] = args.lr_ebm * 0.5**run.rollbacks
-        return state["step"]
+    def restore(state: dict | None) -> int:
+        if state:
+            model.load_state_dict(state["model"])
+            for key in opts:
+                opts[key].load_state_dict(state["opts"][key])
+        opts["ebm"].param_groups[0]["lr"] = args.lr_ebm * 0.5**run.rollbacks
+        return state["step"] if state else 0
 
     def save() -> None:
         run.save({"stage": index, "step": step, "model": model.state_dict(),
                   "opts": {key: opt.state_dict() for key, opt in opts.items()}})
 
-    step = restore(state) if state else 0
+    step = restore(state)
     if not state:
         save()                                                             # a rollback needs one
     model.train()
@@ -704,8 +705,9 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
         return {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
 
     metrics |= common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
-    base = common.coherence_joint(lambda n: joint_images(model, start_prior(n, model, args, device)),
-                                  judges, args.n_eval, args.eval_batch, real)
+    base = common.coherence_joint(
+        lambda n: joint_images(model, start_prior(n, model, args, device)), judges, args.n_eval,
+        args.eval_batch, real)
     metrics |= {f"{key}_base": value for key, value in base.items()}
     cross = common.coherence_cross(generate, test, judges, args.eval_batch, real)
     metrics |= cross | real.metrics

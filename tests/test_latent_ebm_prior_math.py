@@ -15,7 +15,8 @@ SHAPES = {"a": (1, 4, 4), "b": (3, 4, 4), "c": (1, 4, 4)}
 
 def options(*flags):
     return lep.parse_args(["--dataset", "paired", "--z_dim", "3", "--w_dim", "2", "--ebm_hidden",
-                           "8", "--prior_steps", "3", "--post_steps", "3", "--chains", "16", *flags])
+                           "8", "--prior_steps", "3", "--post_steps", "3", "--chains", "16",
+                           *flags])
 
 
 def build(*flags, shapes=SHAPES, b=5):
@@ -48,7 +49,8 @@ def test_parameter_counts_of_the_published_nets():
     args = lep.parse_args(["--dataset", "mnist_svhn"])
     model = lep.MMVAEPlus(pair, args)
     for m, shape in pair.items():
-        (mu_z, scale_z, mu_w, _), z = model.encode({m: torch.rand(1, *shape)}), torch.randn(2, 3, 20)
+        mu_z, _, mu_w, _ = model.encode({m: torch.rand(1, *shape)})
+        z = torch.randn(2, 3, 20)
         assert mu_z.shape == (1, 1, 20) and mu_w.shape == (1, 1, 0)
         assert model.decode(m, z, z[..., :0]).shape == (2, 3, *shape)
     assert args.rescale and model.weight == {"mnist": 3072 / 784, "svhn": 1.0}
@@ -132,7 +134,8 @@ def test_objective_is_the_sum_over_experts_written_out(flags, monkeypatch):
                 aux = shift[k] * lep.sum_to_dim(model.aux[n])
                 code = w[n] if n == m else aux.expand(5, d_w)
                 mean = model.decoders[name](torch.cat([code, z], 1))
-                lik = lik + model.weight[name] * Laplace(mean, 0.75).log_prob(x[name]).sum((1, 2, 3))
+                log_p_n = Laplace(mean, 0.75).log_prob(x[name]).sum((1, 2, 3))
+                lik = lik + model.weight[name] * log_p_n
             log_w.append(lik + args.beta * (log_p - log_q))
         total = total + (torch.stack(log_w).logsumexp(0) - math.log(args.k)) / 3
     expected = total.mean()
@@ -262,15 +265,17 @@ def test_posterior_chain_reaches_the_posterior_of_quadrature():
                            "--post_step_size", "0.1", "--beta", "2.0", shapes=shapes, b=1)
     with torch.no_grad():
         model.ebm.layers[2].weight.mul_(8)
+
     class Ramp(torch.nn.Module):                        # as a decoder: mean image z * ramp
         def forward(self, u):
             return u.reshape(-1, 1, 1, 1) * torch.linspace(0.5, 1.5, 8).double().reshape(1, 2, 4)
+
     model.decoders["a"] = Ramp()
     axis = torch.linspace(-6, 6, 4001, dtype=torch.float64)[:, None]
     log_p = Normal(0, 1).log_prob(axis[:, 0]) + model.ebm(axis) + 0.5 * Laplace(
         model.decoders["a"](axis), 0.75).log_prob(x["a"]).sum((1, 2, 3))
-    assert torch.allclose(lep.log_joint(model, {"a": x["a"].expand(4001, 1, 2, 4)}, axis, args, True),
-                          log_p, atol=1e-9)
+    same = {"a": x["a"].expand(4001, 1, 2, 4)}
+    assert torch.allclose(lep.log_joint(model, same, axis, args, True), log_p, atol=1e-9)
     p = log_p.softmax(0).detach()
     mean = (p * axis[:, 0]).sum()
     var = (p * (axis[:, 0] - mean) ** 2).sum()
@@ -302,7 +307,8 @@ def test_start_posterior_mixes_experts_and_draws_missing_w_from_the_prior():
     v = lep.start_posterior(model, {m: x[m] for m in ("a", "c")}, args)
     z, w = model.split(v)
     assert torch.allclose(z.mean(0), (mu_z[0, 0] + mu_z[2, 0]) / 2, atol=0.1)
-    assert torch.allclose(w.mean(1), torch.stack([mu_w[0, 0], 0 * mu_w[1, 0], mu_w[2, 0]]), atol=0.1)
+    expected = torch.stack([mu_w[0, 0], 0 * mu_w[1, 0], mu_w[2, 0]])
+    assert torch.allclose(w.mean(1), expected, atol=0.1)
     assert torch.allclose((w[0] - mu_w[0, 0]).abs().mean(0), s_w[0, 0], atol=0.1)
 
 
