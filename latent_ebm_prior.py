@@ -50,8 +50,8 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-SYNTH = dict(z_dim=16, w_dim=16, width=32, net="conv", beta=1.0, batch_size=64, epochs_vae=4,
-             epochs_ebm=3, lr_ebm=5e-4, ebm_warmup=1)
+SYNTH = dict(z_dim=8, w_dim=16, width=32, net="conv", beta=1.0, batch_size=64, epochs_vae=4,
+             ebm_warmup=4, epochs_ebm=4, lr_ebm=2e-4, bound=100.0, ebm_reg=0.01, max_gap=200.0)
 PRESETS = {
     "synth_polymnist": SYNTH,
     "synth_mnist_svhn": dict(SYNTH, rescale=True, net="auto"),
