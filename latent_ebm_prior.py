@@ -35,6 +35,8 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D3 the posterior chain divides the likelihood by beta, to match (3); --no-temper does not
   D4 --objective dreg is unbiased for a mixture of experts; public code leaves the score term in
   D5 --ebm_on u: f sees (z, w_1 .. w_M); drawing x_n from others then still takes w_n ~ p(w)
+  D6 the synthetic presets learn f after the autoencoder (--ebm_warmup = --epochs_vae): step 3 has
+     p0 alone. Learned together there, f saturated and its chains stayed behind (README)
 """
 import argparse
 import math
