@@ -906,3 +906,12 @@ def _claim(run: Run) -> None:
     if used and not (args.resume or args.overwrite or args.eval_only):
         raise RunError(f"{run.dir} holds a run: give --resume, --overwrite or --eval_only, or "
                        "another --seed or --out_dir")
+
+
+# added by joint_layer_ebm
+def any_rank(flag: Tensor, world: int) -> bool:
+    """Is the flag [] set on any rank? The same answer on all of them."""
+    flag = flag.float()
+    if world > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

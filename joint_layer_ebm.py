@@ -1,0 +1,818 @@
+"""Learning joint latent space EBM prior model for multi-layer generator
+(Cui, Wu & Han, CVPR 2023, arXiv 2306.06323).
+
+A generator with layers of latent variables has a Gaussian prior, layer upon layer: too simple, for
+samples are worse than reconstructions. Here one energy a layer tilts it, all layers jointly, and
+short Langevin chains sample the tilted prior.
+
+Model       p(z) = exp(sum_i f_i(z_i)) p0(z) / Z,      z = [z_1 .. z_L], z_1 beside the image
+            p0(z) = N(z_L; 0, I) prod_{i<L} N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2)
+            p(x|z) = N(x; g(z), sigma^2 I),  x in [-1, 1]
+Whitened    z = T(eps):  z_L = eps_L,  z_i = mu_i(z_>i) + sigma_i(z_>i) eps_i,  top-down.  Since
+            p0(T(eps)) |det dT/deps| = N(eps; 0, I), the tilted prior is, with no determinant left,
+            p(eps) proportional to exp(sum_i f_i(T(eps)_i)) N(eps; 0, I)
+Symbols     z, eps [b d] flat, layers from the bottom up; f [b L] NEGATIVE energies, high = likely;
+            z+ (z_pos) posterior, z- (z_neg) tilted prior, K prior_steps
+
+Algorithm, for each batch x; z+ and z- are constants
+  1  z-: K Langevin steps on eps from N(0, I);  z+: scheme mcmc: Langevin on eps given x;
+     variational: z ~ q(z|x);  two_stage: z ~ q(z|x) of a VAE trained first and then frozen
+  2  energies      minimise  mean f(z-) - mean f(z+)
+  3  mcmc          minimise  -log p(x|z+)  and  mean log p0(z-) - mean log p0(z+)
+     variational   minimise  -log p(x|z) + KL(q(z|x) || p0(z)) - f(z)  and  mean log p0(z-)
+
+Usage
+  python joint_layer_ebm.py                                 synthetic SVHN-like digits, three layers
+  python joint_layer_ebm.py --dataset mnist --held_out 1    anomaly detection, digit 1 left out
+  python joint_layer_ebm.py --dataset cifar10 --ood svhn    the authors' two layers; OOD scores
+  python joint_layer_ebm.py --scheme two_stage              energies on a deep residual VAE
+
+Deviations from the authors' public code
+  D1 chains run on eps and start at p0 (theirs, joint training: on z, all layers from N(0, I));
+     with --space z they start at p0 too, so that K = 0 is always the plain generator
+  D2 the target on eps has -|eps|^2 / 2 (theirs, two-stage: log p0(T(eps)), which is not its law)
+  D3 log sigma_i is bounded by a tanh (theirs is not: at sigma 0.01 a chain on z explodes)
+  D4 p0(z_L) has standard deviation 1 (theirs 1.01)
+  D5 two_stage takes steps of 0.1 and more: a sampler (theirs 0.006: rather a gradient flow)
+  D6 variational, too, may begin with the VAE alone (--epochs_backbone); diverged runs roll back
+"""
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import common
+import data
+
+# ---- Config --------------------------------------------------------------------------------------
+# cifar10 is the authors' public configuration; svhn and celeba are its sampler on the nets of the
+# single-layer predecessor, sizes from memory; the rest is ours (README: what the presets are).
+SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[200], f_layers=[2],
+             prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=1e-4, epochs_backbone=8, epochs=4)
+DIGITS = SYNTH | dict(z_dims=[16, 12, 8], epochs_backbone=15, epochs=15)
+PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": DIGITS, "fashion_mnist": DIGITS,
+           "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
+           "celeba": dict(net="celeba", z_dims=[100, 100])}
+DEEP = dict(net="deep", prior_steps=20, prior_step_size=0.1, lr=1e-3, lr_ebm=1e-4)
+TWO_STAGE = {"cifar10": dict(width=128, groups=[4, 4, 4], group_dim=20, batch_size=64, epochs=10,
+                             epochs_backbone=400, kl_warmup=20_000, free_bits=1.0)}   # on top
+EVAL_FLAGS = ("ood", "ood_samples", "ood_steps", "long_steps")             # not for training
+STACKS = {"cifar": (8, [1024, 512, 256]), "svhn": (4, [512, 256, 128]),    # first kernel, widths
+          "celeba": (4, [512, 256, 128, 64])}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Explicit flag > preset of --dataset and --scheme > default, as --help shows."""
+    number, switch = common.number, argparse.BooleanOptionalAction
+    p = common.run_parser("joint_layer_ebm.py", __doc__, "synth_svhn", list(PRESETS))
+    flag, count, positive = (p.add_argument_group("model").add_argument, number(int, 0),
+                             number(float, 0, open_low=True))
+    flag("--scheme", default="mcmc", choices=["mcmc", "variational", "two_stage"])
+    flag("--net", default="ladder", choices=["ladder", "deep", *STACKS],
+         help="cifar, svhn, celeba: the authors' two layers, g sees z_1 only")
+    flag("--z_dims", type=number(int, 1), nargs="+", default=[128, 100], help="z_1, .., z_L")
+    flag("--width", type=number(int, 4), default=32, help="channels: ladder at its bottom, deep")
+    flag("--groups", type=count, nargs="+", default=[2, 1],
+         help="deep: latent groups on each scale, smallest maps (4 x 4) first")
+    flag("--group_dim", type=number(int, 1), default=4, help="deep: channels of a group")
+    flag("--prior_hidden", type=number(int, 1), default=200)
+    flag("--prior_layers", type=count, default=4, help="hidden layers of mu_i, sigma_i")
+    flag("--f_hidden", type=count, nargs="+", default=[200, 100],
+         help="of f_1, f_2, ..; the last for all above; 0: no energies, the plain backbone")
+    flag("--f_layers", type=number(int, 1), nargs="+", default=[3, 2], help="hidden layers of f_i")
+    flag("--spectral_norm", action=switch, default=False, help="on the energies' layers")
+    flag("--sigma", type=positive, default=0.3, help="of p(x|z), images in [-1, 1]")
+    flag = p.add_argument_group("training").add_argument
+    flag("--epochs_backbone", type=count, default=0, help="VAE alone, before the energies")
+    flag("--epochs", type=count, default=101)
+    flag("--max_steps", type=count, default=0, help="steps a stage; 0: epochs decide")
+    flag("--batch_size", type=number(int, 1), default=100, help="over all processes")
+    flag("--lr", type=positive, default=1e-4, help="Adam: generator, prior, encoder")
+    flag("--lr_ebm", type=positive, default=2e-5, help="Adam: energies")
+    flag("--f_l2", type=number(float, 0), default=0.0, help="weight of mean f(z+)^2 + f(z-)^2")
+    flag("--kl_warmup", type=count, default=0, help="steps until the KL has weight 1")
+    flag("--free_bits", type=number(float, 0), default=0.0, help="nats a layer without KL cost")
+    flag("--max_gap", type=positive, default=500.0, help="|mean f(z+) - mean f(z-)|: roll back")
+    flag = p.add_argument_group("sampler").add_argument
+    flag("--space", default="eps", choices=["eps", "z"], help="coordinates of the chains")
+    flag("--prior_steps", type=count, default=60)
+    flag("--prior_step_size", type=positive, default=0.4)
+    flag("--post_steps", type=count, default=40)
+    flag("--post_step_size", type=positive, default=0.1)
+    flag = p.add_argument_group("evaluation").add_argument
+    flag("--held_out", type=number(int, -1, 9), default=-1, help="class never trained on: anomaly")
+    flag("--last_epochs", type=number(int, 1), default=10, help="whose AUPRC is averaged")
+    flag("--ood", choices=list(PRESETS), help="data set to be told from the test set")
+    flag("--ood_samples", type=number(int, 1), default=4, help="of z for an image and a k")
+    flag("--ood_steps", type=count, default=0, help="Langevin steps on the layers up to k")
+    flag("--long_steps", type=number(int, 40), default=2500, help="of the chains for diagnostics")
+    dataset, scheme = common.peek(p, argv, "dataset"), common.peek(p, argv, "scheme")
+    deep = DEEP | TWO_STAGE.get(dataset, {}) if scheme == "two_stage" else {}
+    p.set_defaults(**PRESETS.get(dataset, {}) | deep)
+    args = p.parse_args(argv)
+    if args.scheme == "mcmc" and args.epochs_backbone:
+        p.error("--epochs_backbone: --scheme mcmc trains no VAE first; give 0")
+    if args.net in STACKS and len(args.z_dims) != 2:
+        p.error(f"--z_dims: --net {args.net} has two layers, not {len(args.z_dims)}")
+    if not sum(args.groups):
+        p.error("--groups: give one latent group or more")
+    return args
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+# z and eps are flat [b d]; entry 0 of a list of layers is the paper's z_1, the last one z_L.
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers, a leaky ReLU between two."""
+    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.LeakyReLU(0.2))]
+    return nn.Sequential(*layers[:-1])
+
+
+def bounded(log_std: Tensor, bound: float = 3.0) -> Tensor:
+    """Smoothly into (-bound, bound)."""
+    return bound * torch.tanh(log_std.float() / bound)
+
+
+class TopDown(nn.Module):
+    """p0(z) = N(z_L; 0, I) prod_i N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2), and T: eps -> z."""
+
+    def __init__(self, dims: list[int], hidden: int = 200, n_hidden: int = 4):
+        super().__init__()
+        self.dims, self.shapes = list(dims), [(d,) for d in dims]
+        self.nets = nn.ModuleList(mlp(sum(dims[i + 1:]), *[hidden] * n_hidden, 2 * d)
+                                  for i, d in enumerate(dims[:-1]))
+
+    def begin(self, z: Tensor) -> Tensor:
+        """The state above the top layer: here a state is the layers seen so far, side by side."""
+        return z.new_zeros(len(z), 0)
+
+    def conditional(self, i: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, log_std) [b d_i] of layer i, given the layers above."""
+        mu, log_std = self.nets[i](state).flatten(1).chunk(2, dim=1)
+        return mu.float(), bounded(log_std)
+
+    def absorb(self, i: int, state: Tensor, z_i: Tensor) -> Tensor:
+        """The state below layer i."""
+        return torch.cat([z_i, state], 1)
+
+    def walk(self, pick, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Top-down, z_i = pick(i, mu_i, log_std_i, state): z, mu, log_std [b d], the last state."""
+        state, layers = self.begin(like), []
+        for i in reversed(range(len(self.dims))):
+            mu = log_std = torch.zeros(len(like), self.dims[i], device=like.device)
+            if i < len(self.dims) - 1:
+                mu, log_std = self.conditional(i, state)
+            layers.insert(0, (pick(i, mu, log_std, state), mu, log_std))
+            state = self.absorb(i, state, layers[0][0])
+        return *(torch.cat(parts, 1) for parts in zip(*layers)), state
+
+    def to_z(self, eps: Tensor) -> Tensor:
+        """T: eps [b d] -> z [b d]."""
+        parts = eps.split(self.dims, 1)
+        return self.walk(lambda i, mu, log_std, _: mu + log_std.exp() * parts[i], eps)[0]
+
+    def at(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mu, log_std [b d] of all layers and the last state, along given z [b d]."""
+        parts = z.split(self.dims, 1)
+        return self.walk(lambda i, *_: parts[i], z)[1:]
+
+    def to_eps(self, z: Tensor) -> Tensor:
+        """T^-1: z [b d] -> eps [b d]."""
+        mu, log_std, _ = self.at(z)
+        return (z - mu) * (-log_std).exp()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p0(z), constants kept: [b d] -> [b]."""
+        return log_normal(z, *self.at(z)[:2])
+
+    @torch.no_grad()
+    def sample(self, n: int, device) -> Tensor:
+        """n draws of p0: [n d]."""
+        return self.to_z(torch.randn(n, sum(self.dims), device=device))
+
+
+class Cell(nn.Module):
+    """Residual bottleneck without normalisation, so that chains do not interact."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        a, b = width, max(width // 2, 4)
+        convs = [(a, b, 1), (b, b, 3, 1, 1), (b, b, 3, 1, 1), (b, a, 1)]
+        self.body = nn.Sequential(*[m for c in convs for m in (nn.SiLU(), nn.Conv2d(*c))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * self.body(x)
+
+
+class DeepTopDown(TopDown):
+    """The prior half of a residual top-down VAE (NVAE, VDVAE): groups of latent maps [c s s].
+
+    groups[j] of them have side 4 * 2^j. The state is a feature map [b width s s].
+    """
+
+    def __init__(self, groups: list[int], group_dim: int, width: int):
+        super().__init__([])
+        self.sizes = [4 * 2**j for j, n in enumerate(groups) for _ in range(n)][::-1]
+        self.shapes = [(group_dim, s, s) for s in self.sizes]
+        self.dims = [math.prod(shape) for shape in self.shapes]
+        self.top = nn.Parameter(0.1 * torch.randn(1, width, self.sizes[-1], self.sizes[-1]))
+        self.nets = nn.ModuleList(nn.Sequential(Cell(width), nn.Conv2d(width, 2 * group_dim, 1))
+                                  for _ in self.sizes[:-1])
+        self.merge = nn.ModuleList(nn.Conv2d(group_dim, width, 1) for _ in self.sizes)
+        self.cells = nn.ModuleList(Cell(width) for _ in self.sizes)
+
+    def begin(self, z: Tensor) -> Tensor:
+        return self.top.expand(len(z), -1, -1, -1)
+
+    def absorb(self, i: int, state: Tensor, z_i: Tensor) -> Tensor:
+        state = self.cells[i](state + self.merge[i](z_i.unflatten(1, self.shapes[i])))
+        return F.interpolate(state, size=self.sizes[i - 1]) if i else state
+
+
+class DeepEncoder(nn.Module):
+    """The other half: q(z_i|x, z_>i) as shifts of p0's parameters, from bottom-up maps of x."""
+
+    def __init__(self, prior: DeepTopDown, channels: int, width: int, group_dim: int):
+        super().__init__()
+        self.exact, self.sizes = [True] * len(prior.dims), prior.sizes
+        self.stem = nn.Conv2d(channels, width, 3, 1, 1)
+        self.cells = nn.ModuleDict({str(s): Cell(width) for s in prior.sizes})
+        self.heads = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(2 * width, width, 1), Cell(width), nn.Conv2d(width, 2 * group_dim, 1))
+            for _ in prior.sizes)
+
+    def forward(self, x: Tensor, noise: Tensor):
+        maps, h = {}, self.stem(x)
+        for size, cell in self.cells.items():
+            h = maps[int(size)] = cell(F.adaptive_avg_pool2d(h, int(size)))
+
+        def q(i, mu, log_std, state):
+            h = self.heads[i](torch.cat([state, maps[self.sizes[i]]], 1))
+            shift, widen = h.float().flatten(1).chunk(2, dim=1)
+            return mu + shift, log_std + widen
+        return q
+
+
+def stack_generator(name: str, z_dim: int, channels: int) -> nn.Sequential:
+    """The authors' CIFAR-10 generator, z_1 [b d_1] -> [b c h w] in [-1, 1], and its siblings."""
+    kernel, widths = STACKS[name]
+    layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], kernel)]
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.LeakyReLU(0.2), nn.ConvTranspose2d(a, b, 4, 2, 1)]
+    last = (3, 1, 1) if name == "cifar" else (4, 2, 1)
+    return nn.Sequential(*layers, nn.LeakyReLU(0.2),
+                         nn.ConvTranspose2d(widths[-1], channels, *last), nn.Tanh())
+
+
+class StackEncoder(nn.Module):
+    """q(z_1|x) q(z_2|z_1): the authors' convolutions, then an MLP."""
+
+    def __init__(self, dims: list[int], shape: tuple[int, int, int], n: int = 64):
+        super().__init__()
+        layers, widths = [nn.Conv2d(shape[0], 4 * n, 3, 1, 1)], [4 * n, 8 * n, 16 * n, 16 * n]
+        for a, b in zip(widths, widths[1:3 + shape[1] // 64]):             # down to 8 x 8
+            layers += [nn.LeakyReLU(0.2), nn.Conv2d(a, b, 4, 2, 1)]
+        self.bottom = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(b, 2 * dims[0], 8),
+                                    nn.Flatten())
+        self.top, self.exact = mlp(dims[0], 200, 200, 2 * dims[1]), [False, True]
+
+    def forward(self, x: Tensor, noise: Tensor):
+        mu, log_std = self.bottom(x).float().chunk(2, dim=1)
+        z_1 = mu + bounded(log_std, 5).exp() * noise[:, :mu.shape[1]]
+        q = (mu, log_std), self.top(z_1).chunk(2, dim=1)
+        return lambda i, *_: q[i]
+
+
+def ladder_levels(size: int, n_layers: int, width: int) -> list[tuple[int, int]]:
+    """(side, channels) of maps, each half the one below, to 4 x 4 or less, a level a layer."""
+    levels = []
+    while size > 4 or len(levels) < n_layers:
+        size = math.ceil(size / 2)
+        levels.append((size, min(width * 2**len(levels), 4 * width)))
+    return levels
+
+
+class LadderGenerator(nn.Module):
+    """z_L makes the smallest map; on the way up to the image every z_i is added to a larger one."""
+
+    def __init__(self, dims: list[int], shape: tuple[int, int, int], width: int):
+        super().__init__()
+        levels = ladder_levels(shape[1], len(dims), width)[::-1]           # from the top
+        self.dims, self.sizes = dims, [s for s, _ in levels] + [shape[1]]
+        self.inject = nn.ModuleList(nn.Sequential(nn.Linear(d, c * s**2), nn.Unflatten(1, (c, s, s)))
+                                    for d, (s, c) in zip(dims[::-1], levels))
+        widths = [c for _, c in levels] + [shape[0]]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in
+                                zip(widths, widths[1:]))
+
+    def forward(self, z: Tensor) -> Tensor:
+        parts, h = z.split(self.dims, 1)[::-1], 0.0
+        for i, (up, size) in enumerate(zip(self.up, self.sizes[1:])):
+            h = h + self.inject[i](parts[i]) if i < len(parts) else h
+            h = up(F.leaky_relu(h, 0.2))[..., :size, :size]                # 28 is not 4 * 2^3
+        return h.tanh()
+
+
+class LadderEncoder(nn.Module):
+    """q(z|x) = prod_i q(z_i|x): a trunk of convolutions with a head for each layer."""
+
+    def __init__(self, dims: list[int], shape: tuple[int, int, int], width: int):
+        super().__init__()
+        levels, self.exact = ladder_levels(shape[1], len(dims), width), [True] * len(dims)
+        widths, sides = [shape[0]] + [c for _, c in levels], [shape[1]] + [s for s, _ in levels]
+        self.trunk = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1 + s % 2) for a, b, s in
+                                   zip(widths, widths[1:], sides))
+        self.heads = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(c, c, 3, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(),
+            nn.Linear(c * math.ceil(s / 2)**2, 2 * d))
+            for d, (s, c) in zip(dims, levels[len(levels) - len(dims):]))
+
+    def forward(self, x: Tensor, noise: Tensor):
+        maps = []
+        for conv in self.trunk:
+            x = F.leaky_relu(conv(x), 0.2)
+            maps.append(x)
+        q = [head(h).chunk(2, dim=1) for head, h in zip(self.heads, maps[-len(self.heads):])]
+        return lambda i, *_: q[i]
+
+
+class Energies(nn.Module):
+    """f_i(z_i) of all layers, z [b d] -> [b L]: NEGATIVE energies, high where z is likely.
+
+    An MLP for a vector; for maps (c, s, s) first convolutions down to 4 x 4.
+    """
+
+    def __init__(self, prior: TopDown, hidden: list[int], n_hidden: list[int], spectral: bool):
+        super().__init__()
+        self.dims, self.shapes, self.nets = prior.dims, prior.shapes, nn.ModuleList()
+        for i, (n, *side) in enumerate(self.shapes if any(hidden) else []):
+            width, depth, layers = hidden[i:i + 1] or hidden[-1:], n_hidden[i:i + 1], []
+            depth = (depth or n_hidden[-1:])[0]
+            if side:
+                depth, s = max(round(math.log2(side[0] / 4)), 1), side[0]
+                while s > 4:
+                    layers += [nn.Conv2d(n, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+                    n, s = 64, s // 2
+                layers, n = [*layers, nn.Flatten()], n * s * s
+            self.nets.append(nn.Sequential(*layers, mlp(n, *width * depth, 1)))
+        for m in [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and spectral]:
+            spectral_norm(m)
+
+    def forward(self, z: Tensor) -> Tensor:
+        parts = zip(self.nets, z.split(self.dims, 1), self.shapes)
+        f = [net(z_i.unflatten(1, shape)) for net, z_i, shape in parts]
+        return torch.cat(f, 1) if f else z.new_zeros(len(z), len(self.dims))
+
+
+class JointEBM(nn.Module):
+    """prior p0 and T, generator g, encoder q, energies f; for images of shape (c, h, w)."""
+
+    def __init__(self, shape: tuple[int, int, int], args: argparse.Namespace):
+        super().__init__()
+        self.amp, self.net, dims, width = args.amp, args.net, args.z_dims, args.width
+        if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
+            raise ValueError(f"--net {args.net} is not made for images of {shape}; try ladder")
+        if args.net == "deep":
+            self.prior = DeepTopDown(args.groups, args.group_dim, width)
+            self.generator = nn.Sequential(
+                nn.Upsample(shape[1:]), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
+                nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
+            encoder = DeepEncoder(self.prior, shape[0], width, args.group_dim)
+        else:
+            self.prior = TopDown(dims, args.prior_hidden, args.prior_layers)
+            if args.net == "ladder":
+                self.generator = LadderGenerator(dims, shape, width)
+                encoder = LadderEncoder(dims, shape, width)
+            else:
+                self.generator = stack_generator(args.net, dims[0], shape[0])
+                encoder = StackEncoder(dims, shape)
+        self.encoder = None if args.scheme == "mcmc" else encoder
+        self.energies = Energies(self.prior, args.f_hidden, args.f_layers, args.spectral_norm)
+
+    def generate(self, z: Tensor, state: Tensor) -> Tensor:
+        """Mean image [b c h w] in [-1, 1], of z [b d] and the prior's last state along it."""
+        features = {"ladder": z, "deep": state}.get(self.net, z[:, :self.prior.dims[0]])
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.amp):
+            return self.generator(features).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """g(z): [b d] -> [b c h w] in [-1, 1]."""
+        return self.generate(z, self.prior.at(z)[2] if self.net == "deep" else z)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z ~ q(z|x), then mu, log_std of q and of p0(z_i|z_>i) along it, all [b d]; and a state."""
+        noise, params = torch.randn(len(x), sum(self.prior.dims), device=x.device), {}
+        parts = noise.split(self.prior.dims, 1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            q = self.encoder(x, noise)
+
+            def pick(i, *above):
+                mu, log_std = q(i, *above)
+                params[i] = mu.float(), bounded(log_std, 5)
+                return params[i][0] + params[i][1].exp() * parts[i]
+            z, mu_p, log_std_p, state = self.prior.walk(pick, noise)
+        mu, log_std = (torch.cat(p, 1) for p in zip(*(params[i] for i in sorted(params))))
+        return z, mu, log_std, mu_p, log_std_p, state
+
+
+# ---- Densities and losses ------------------------------------------------------------------------
+# Log-densities are [b], in nats, summed over features; losses are means over the batch.
+def log_normal(z: Tensor, mu: Tensor | float = 0.0, log_std: Tensor | float = 0.0) -> Tensor:
+    """log N(z; mu, diag exp(log_std)^2), constants kept: [b d] -> [b]."""
+    log_std = torch.as_tensor(log_std, dtype=z.dtype, device=z.device)
+    return (-0.5 * ((z - mu) * (-log_std).exp())**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
+
+
+def log_lik(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log N(x; mean, sigma^2 I) without its constant: [b c h w] -> [b]."""
+    return -reduce((x - mean)**2, "b c h w -> b", "sum") / (2 * sigma**2)
+
+
+def log_target(model: JointEBM, u: Tensor, space: str, x: Tensor | None = None,
+               sigma: float = 1.0) -> Tensor:
+    """What chains climb, u [b d] = eps or z: log of the tilted prior; given x, of the posterior.
+
+    eps:  f(T(u)) + log N(u; 0, I) [+ log p(x|T(u))];   z:  f(u) + log p0(u) [+ log p(x|u)]
+    With space z this is also log p(x, z) + const, the score of anomaly and OOD detection.
+    """
+    z = model.prior.to_z(u) if space == "eps" else u
+    log_p = log_normal(u) if space == "eps" else model.prior.log_prob(u)
+    log_p = log_p + model.energies(z).sum(1)
+    return log_p if x is None else log_p + log_lik(x, model.decode(z), sigma)
+
+
+def kl_layers(z: Tensor, mu: Tensor, log_std: Tensor, mu_p: Tensor, log_std_p: Tensor,
+              dims: list[int], exact: list[bool]) -> Tensor:
+    """KL(q(z_i|..) || p0(z_i|z_>i)) of each layer, [b L]: in closed form where exact, i.e. where
+    z_>i was drawn without looking at z_i; else log q - log p0 at z, equal on average."""
+    delta, whitened = log_std_p - log_std, (z - mu_p) * (-log_std_p).exp()
+    closed = delta - 0.5 + 0.5 * ((-2 * delta).exp() + ((mu - mu_p) * (-log_std_p).exp())**2)
+    drawn = delta + 0.5 * (whitened**2 - ((z - mu) * (-log_std).exp())**2)
+    layers = zip(exact, closed.split(dims, 1), drawn.split(dims, 1))
+    return torch.stack([(a if is_exact else b).sum(1) for is_exact, a, b in layers], 1)
+
+
+def energy_loss(f_pos: Tensor, f_neg: Tensor, l2: float = 0.0) -> Tensor:
+    """mean f(z-) - mean f(z+), f [b L], summed over layers: minus the likelihood's ascent.
+    l2 holds the energies near 0. One Adam for all f_i is the same as one each."""
+    return (f_neg - f_pos).mean(0).sum() + l2 * (f_pos**2 + f_neg**2).mean(0).sum()
+
+
+def vae_loss(model: JointEBM, x: Tensor, args, kl_weight: float = 1.0,
+             tilted: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """-log p(x|z) + KL(q(z|x) || p0(z)), tilted: - f(z).  Returns (loss, z detached, its terms)."""
+    z, mu, log_std, mu_p, log_std_p, state = model.posterior(x)
+    nll = -log_lik(x, model.generate(z, state), args.sigma).mean()
+    kl = kl_layers(z, mu, log_std, mu_p, log_std_p, model.prior.dims, model.encoder.exact).mean(0)
+    loss = nll + kl_weight * kl.clamp_min(args.free_bits).sum()
+    loss = loss - model.energies(z).sum(1).mean() if tilted else loss
+    return loss, z.detach(), {"nll_nats": nll.detach(), "kl_nats": kl.detach().sum()}
+
+
+# ---- Sampler -------------------------------------------------------------------------------------
+def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
+    """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s noise; here z stands for z or eps.
+
+    log_prob [b d] -> [b] nats, unnormalised; rows must not interact. Returns [b d], detached; the
+    given z stays as it is. On N(0, v) the variance settles at v / (1 - s^2 / 4v).
+    """
+    z = z.detach()
+    for _ in range(n_steps):
+        z.requires_grad_(True)
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(log_prob(z).sum(), z)            # rows are separate: sum
+        z = z.detach() + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
+    return z
+
+
+def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
+          x: Tensor | None = None, keep: int | None = None) -> Tensor:
+    """n_steps from z [b d] towards the tilted prior or, given x [b c h w], the posterior; [b d].
+
+    On eps or z as --space says. keep = k: on eps, and only layers 1 .. k move.
+    """
+    if n_steps == 0:
+        return z
+    space, low = ("eps", sum(model.prior.dims[:keep])) if keep else (args.space, z.shape[1])
+    with torch.no_grad():
+        u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
+    u = langevin(lambda v: log_target(model, torch.cat([v, still], 1), space, x, args.sigma),
+                 u, n_steps, step_size)
+    with torch.no_grad():
+        u = torch.cat([u, still], 1)
+        return model.prior.to_z(u) if space == "eps" else u
+
+
+def sample_prior(model: JointEBM, n: int, device, args) -> Tensor:
+    """z- [n d]: --prior_steps from p0 towards the tilted prior; without energies p0 itself."""
+    n_steps = args.prior_steps if len(model.energies.nets) else 0
+    return chain(model, model.prior.sample(n, device), n_steps, args.prior_step_size, args)
+
+
+def sample_posterior(model: JointEBM, x: Tensor, args) -> Tensor:
+    """z+ [b d] given x [b c h w] in [-1, 1]: by chains from p0 (scheme mcmc), else from q."""
+    if args.scheme != "mcmc":
+        with torch.no_grad():
+            return model.posterior(x)[0]
+    z = model.prior.sample(len(x), x.device)
+    return chain(model, z, args.post_steps, args.post_step_size, args, x)
+
+
+@torch.no_grad()
+def resample_below(model: JointEBM, z: Tensor, k: int, n_steps: int, args) -> Tensor:
+    """z [b d] with layers 1 .. k anew given those above: from p0, then n_steps of Langevin."""
+    eps, low = model.prior.to_eps(z), sum(model.prior.dims[:k])
+    eps = torch.cat([torch.randn_like(eps[:, :low]), eps[:, low:]], 1)
+    return chain(model, model.prior.to_z(eps), n_steps if k else 0, args.prior_step_size, args,
+                 keep=k)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def train_step(model: JointEBM, x: Tensor, stage: str, opt, opt_ebm, args,
+               kl_weight: float = 1.0) -> dict[str, Tensor]:
+    """One step on x [b c h w] in [0, 1]; stage: backbone (VAE), joint, energy (the rest frozen).
+
+    A parameter takes gradients only within the loss that trains it. opt is of all but energies.
+    """
+    x, metrics, prior = 2 * x - 1, {}, model.prior
+    model.requires_grad_(False)
+    tilted = stage != "backbone" and len(model.energies.nets) > 0
+    z_neg = sample_prior(model, len(x), x.device, args) if tilted else None
+    if stage == "energy" or args.scheme == "mcmc":
+        z_pos = sample_posterior(model, x, args)
+    if stage != "energy":
+        for net in filter(None, (prior, model.generator, model.encoder)):
+            net.requires_grad_(True)
+        if args.scheme == "mcmc":
+            loss = -log_lik(x, model.decode(z_pos), args.sigma).mean()
+            metrics["nll_nats"] = loss.detach()
+            loss = loss - prior.log_prob(z_pos).mean()
+        else:
+            loss, z_pos, metrics = vae_loss(model, x, args, kl_weight, tilted)
+        loss = loss + prior.log_prob(z_neg).mean() if tilted else loss     # p0 is inside Z
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+    if tilted:
+        model.energies.requires_grad_(True).train()                        # spectral norm moves
+        f_pos, f_neg = model.energies(z_pos), model.energies(z_neg)
+        opt_ebm.zero_grad(set_to_none=True)
+        energy_loss(f_pos, f_neg, args.f_l2).backward()
+        opt_ebm.step()
+        model.energies.eval()
+        metrics |= {"f_pos": f_pos.detach().sum(1).mean(), "f_neg": f_neg.detach().sum(1).mean()}
+    if stage != "energy":
+        opt.step()
+    return metrics
+
+
+def train_stage(model: JointEBM, index: int, stage: str, n_epochs: int, sets, args, run,
+                state: dict | None) -> list[float]:
+    """Train a stage, from its start or a checkpoint; returns the AUPRC after its last epochs.
+
+    Chains that diverge: back to the last checkpoint, with half the learning rate of the energies.
+    """
+    (train_set, test), m = sets, image_name(sets[0])
+    nets = filter(None, (model.prior, model.generator, model.encoder))
+    params = [p for net in nets for p in net.parameters()], list(model.energies.parameters())
+    opts = [torch.optim.Adam(p or [torch.zeros(1)], lr) for p, lr in
+            zip(params, (args.lr, args.lr_ebm))]
+    for opt, p in zip(opts, params):
+        opt.register_step_pre_hook(lambda *_, p=p: common.average_gradients(p, run.world))
+    per_epoch = max(len(train_set) // args.batch_size, 1)
+    total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
+    step, auprc, alarm = 0, [], torch.zeros((), dtype=torch.bool, device=run.device)
+
+    def save():
+        run.save({"stage": index, "step": step, "model": model.state_dict(), "auprc": auprc,
+                  "opts": [opt.state_dict() for opt in opts]})
+
+    def restore(state):
+        model.load_state_dict(state["model"])
+        for opt, kept in zip(opts, state["opts"]):
+            opt.load_state_dict(kept)
+        opts[1].param_groups[0]["lr"] = args.lr_ebm / 2**run.rollbacks
+        return state["step"], state["auprc"]
+    if state is None:
+        save()
+    else:
+        step, auprc = restore(state)
+    while step < total:
+        epoch = step // per_epoch
+        order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
+        for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
+                              run.rank, run.world, [m]):
+            kl_weight = min(1.0, (step + 1) / args.kl_warmup) if args.kl_warmup else 1.0
+            metrics = train_step(model, x[m], stage, *opts, args, kl_weight)
+            step += 1
+            gap = metrics.get("f_pos", 0 * alarm) - metrics.get("f_neg", 0 * alarm)
+            alarm = alarm | ~(gap.abs() < args.max_gap) | ~sum(metrics.values()).isfinite()
+            due, last = run.checkpoint_due(), step % per_epoch == 0 or step == total
+            if due or last or step % args.log_every == 0:
+                if common.any_rank(alarm, run.world):
+                    step, auprc = restore(run.rollback(f"{stage} diverged by step {step}"))
+                    alarm = torch.zeros_like(alarm)
+                    break
+                run.log(stage=stage, step=step, epoch=epoch, split="train", **metrics)
+                run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
+            if last and args.held_out >= 0 and stage != "backbone" \
+                    and epoch >= n_epochs - args.last_epochs:
+                auprc.append(anomaly_auprc(model, test, args, run.device))
+            if due:
+                save()
+            if run.stop_requested:
+                run.stop()
+            if step == total:
+                break
+    return auprc
+
+
+def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, run) -> list[float]:
+    """The stages of --scheme in turn; --resume goes on where the checkpoint stands."""
+    stages = [("backbone", args.epochs_backbone),
+              ("energy" if args.scheme == "two_stage" else "joint", args.epochs)]
+    state = run.load(args.checkpoint, free=EVAL_FLAGS) if args.resume else {"stage": 0, "auprc": []}
+    if args.resume:
+        model.load_state_dict(state["model"])
+    elif run.rank:
+        torch.manual_seed(torch.randint(2**40, ()).item() + run.rank)      # noise of its own
+    auprc = state["auprc"]
+    for i in range(state["stage"], len(stages)):
+        resumed = state if i == state["stage"] and "opts" in state else None
+        auprc = train_stage(model, i, *stages[i], (train_set, test), args, run, resumed)
+    run.save({"stage": len(stages), "model": model.state_dict(), "auprc": auprc})
+    return auprc
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def image_name(dataset: data.Dataset) -> str:
+    return next(m for m in dataset.modalities if dataset.kinds[m] == "image")
+
+
+def without(dataset: data.Dataset, label: int) -> data.Dataset:
+    """The data set with no item of a class."""
+    keep = dataset.y != label
+    return replace(dataset, x={m: x[keep] for m, x in dataset.x.items()}, y=dataset.y[keep])
+
+
+def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0) -> Tensor:
+    """L>k, [n]: mean of log p(x, z) + const over --ood_samples of z_>k ~ posterior and z_<=k from
+    the tilted prior given z_>k. L>0, one sample: minus the anomaly score."""
+    n_samples, values = args.ood_samples if args.ood else 1, []
+    for x in data.batches(dataset, args.eval_batch, device=device, names=[image_name(dataset)]):
+        x, value = 2 * x.popitem()[1] - 1, 0.0
+        for _ in range(n_samples):
+            z = resample_below(model, sample_posterior(model, x, args), k, args.ood_steps, args)
+            with torch.no_grad():
+                value = value + log_target(model, z, "z", x, args.sigma) / n_samples
+        values.append(value)
+    return torch.cat(values).cpu()
+
+
+def anomaly_auprc(model: JointEBM, test: data.Dataset, args, device) -> float:
+    """Average precision of -log p(x, z) for the class that was held out."""
+    model.requires_grad_(False)
+    return common.average_precision(-scores(model, test, args, device), test.y == args.held_out)
+
+
+def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, float]:
+    """AUROC and AUPRC of L>k and LLR>k = L>0 - L>k, as many images of --ood as of test. The signs
+    are the theory's: low L>k and high LLR>k mean out; the positives are in."""
+    out = data.load(args.ood, "test", args.data_dir).to(run.device)
+    if out.shapes[image_name(out)] != test.shapes[image_name(test)]:
+        raise common.RunError(f"--ood {args.ood}: its images are not the size of {args.dataset}'s")
+    n = min(len(out), len(test))
+    labels, metrics = torch.arange(2 * n) < n, {}
+    for k in range(len(model.prior.dims)):
+        score = torch.cat([scores(model, s.head(n), args, run.device, k) for s in (test, out)])
+        first = score if k == 0 else first
+        for name, value in {f"l{k}": score, f"llr{k}": score - first}.items():
+            if name != "llr0":
+                metrics |= {f"ood_auroc_{name}": common.auroc(value, labels),
+                            f"ood_auprc_{name}": common.average_precision(value, labels)}
+    return metrics
+
+
+def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float]:
+    """frechet_clf (and fid) of the same chains after 0, 10, .., 100 steps, and --prior_steps."""
+    z, done, metrics, pictures = model.prior.sample(args.n_eval, run.device), 0, {}, {}
+    for k in sorted({0, 10, 20, 40, 60, 100, args.prior_steps}):
+        z, done = chain(model, z, k - done, args.prior_step_size, args), k
+        parts = iter(z.split(args.eval_batch))
+        pictures[f"K = {k}"] = images(model, z[:16])
+        found = common.coherence_joint(lambda _: {m: images(model, next(parts))}, judges,
+                                       args.n_eval, args.eval_batch, real)
+        metrics |= {f"{key.removesuffix('_' + m)}_k{k}": v for key, v in found.items()}
+        if k == args.prior_steps:
+            metrics |= {key.removesuffix(f"_{m}"): v for key, v in found.items()}
+    common.save_joint_grid(run.dir / "samples.png", pictures)
+    return metrics
+
+
+@torch.no_grad()
+def images(model: JointEBM, z: Tensor) -> Tensor:
+    """g(z) in [0, 1]."""
+    return model.decode(z) / 2 + 0.5
+
+
+@torch.no_grad()
+def draw_layers(model: JointEBM, x: Tensor, args, run) -> None:
+    """layer_<i>.png: 8 samples (rows), the first column as drawn, then eps_i taken from 8 others.
+    cross.png: x, and for each k its layers above k with those up to k drawn anew, twice."""
+    dims, prior, n = model.prior.dims, model.prior, 8
+    eps = prior.to_eps(sample_prior(model, 2 * n, x.device, args))
+    for i in range(len(dims)):
+        rows = repeat(eps[:n], "r d -> r c d", c=n + 1).clone()
+        layer = slice(sum(dims[:i]), sum(dims[:i + 1]))
+        rows[:, 1:, layer] = eps[n:, layer]
+        pictures = images(model, prior.to_z(rows.flatten(0, 1)))
+        common.save_grid(run.dir / f"layer_{i + 1}.png", pictures, n + 1, f"layer {i + 1} varied")
+    z = sample_posterior(model, repeat(2 * x - 1, "r ... -> (r s) ...", s=2), args)
+    again = {f"above {k} kept": images(model, resample_below(model, z, k, args.prior_steps, args))
+             for k in range(len(dims))}
+    again = {name: rearrange(v, "(r s) ... -> r s ...", s=2) for name, v in again.items()}
+    common.save_cross_grid(run.dir / "cross.png", {"test": x}, {"test": again})
+
+
+def diagnose_chains(model: JointEBM, args, run, n: int = 64, every: int = 5) -> dict[str, float]:
+    """n chains of --long_steps from p0: -f, and how the chains mix in eps."""
+    z, energy, trace = model.prior.sample(n, run.device), [], []
+    for t in range(0, args.long_steps + 1, every):
+        z = chain(model, z, every if t else 0, args.prior_step_size, args)
+        with torch.no_grad():
+            energy.append(-model.energies(z).sum(1).cpu())
+            trace.append(model.prior.to_eps(z).cpu())
+    energy, trace = torch.stack(energy), torch.stack(trace)                # [n c], [n c d]
+    report = common.chain_report(trace[len(trace) // 5:], run.dir / "diagnostics.png", math.nan,
+                                 energy)
+    at = {"start": 0, "k": args.prior_steps // every, "end": -1}
+    return {"r_hat": report["r_hat"], "r_hat_95": report["r_hat_95"],
+            "ess_per_step": report["ess_per_step"] / every,
+            **{f"energy_{name}": energy[i].mean().item() for name, i in at.items()}}
+
+
+def evaluate(model: JointEBM, train_set: data.Dataset, test: data.Dataset, auprc: list[float],
+             args, run) -> dict[str, float]:
+    """Fréchet distance against the number of steps, pictures, chains, anomaly and OOD; test split.
+    A class that was held out is not in the distances."""
+    torch.manual_seed(args.seed)
+    model.requires_grad_(False).eval()
+    m, metrics = image_name(test), {}
+    if args.held_out >= 0:
+        metrics["auprc"] = anomaly_auprc(model, test, args, run.device)
+        if auprc:
+            metrics |= {"auprc_mean": sum(auprc) / len(auprc),
+                        "auprc_sd": torch.tensor(auprc).std(correction=0).item()}
+        test = without(test, args.held_out)
+    if args.ood:
+        metrics |= ood_metrics(model, test, args, run)
+    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", run.device, run.say)
+    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir,
+                                                                           run.device))
+    metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
+    metrics |= quality(model, judges, real, m, args, run)
+    x = test.take(slice(args.eval_batch), run.device, [m])[m]
+    z = sample_posterior(model, 2 * x - 1, args)
+    metrics["recon_mse"] = ((images(model, z) - x)**2).mean().item()
+    draw_layers(model, x[:8], args, run)
+    return metrics | diagnose_chains(model, args, run)
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate; returns the metrics of result.json."""
+    args = parse_args(argv)
+    with common.open_run(args, __file__, argv) as run:
+        common.seed_everything(args.seed)
+        train_set, test = (data.load(args.dataset, split, args.data_dir, n=n).to(run.device)
+                           for split, n in (("train", args.n_train), ("test", args.n_test)))
+        if args.held_out >= 0:
+            if train_set.y is None:
+                raise common.RunError(f"--held_out: {args.dataset} has no labels")
+            train_set = without(train_set, args.held_out)
+        try:
+            model = JointEBM(train_set.shapes[image_name(train_set)], args)
+        except ValueError as error:
+            raise common.RunError(error) from None
+        model.to(run.device, memory_format=torch.channels_last).eval()
+        run.start(model)
+        if args.compile:
+            for part in filter(None, (model.generator, model.encoder, model.energies)):
+                part.compile()
+        if args.eval_only:
+            state = run.load(args.checkpoint, free=EVAL_FLAGS)
+            model.load_state_dict(state["model"])
+            auprc = state["auprc"]
+        else:
+            auprc = train(model, train_set, test, args, run)
+        args.n_eval = min(args.n_eval, len(test))
+        metrics = evaluate(model, train_set, test, auprc, args, run)
+        return run.finish(metrics, train_set.note, len(test))
+
+
+if __name__ == "__main__":
+    common.cli(main)
