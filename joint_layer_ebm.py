@@ -54,7 +54,8 @@ import data
 # cifar10 is the authors' public configuration; svhn and celeba are its sampler on the nets of the
 # single-layer predecessor, sizes from memory; the rest is ours (README: what the presets are).
 SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[200], f_layers=[2],
-             prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=1e-4, epochs_backbone=8, epochs=4)
+             prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=3e-4, epochs_backbone=5, epochs=2,
+             width=24)
 DIGITS = SYNTH | dict(z_dims=[16, 12, 8], epochs_backbone=15, epochs=15)
 PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": DIGITS, "fashion_mnist": DIGITS,
            "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
@@ -579,7 +580,7 @@ def train_stage(model: JointEBM, index: int, stage: str, n_epochs: int, sets, ar
     (train_set, test), m = sets, image_name(sets[0])
     nets = filter(None, (model.prior, model.generator, model.encoder))
     params = [p for net in nets for p in net.parameters()], list(model.energies.parameters())
-    opts = [torch.optim.Adam(p or [torch.zeros(1)], lr) for p, lr in
+    opts = [torch.optim.Adam(p or [torch.zeros(1)], lr, fused=True) for p, lr in
             zip(params, (args.lr, args.lr_ebm))]
     for opt, p in zip(opts, params):
         opt.register_step_pre_hook(lambda *_, p=p: common.average_gradients(p, run.world))
