@@ -28,8 +28,8 @@ Usage
   python joint_layer_ebm.py --scheme two_stage              energies on a deep residual VAE
 
 Deviations from the authors' public code
-  D1 chains run on eps and start at p0 (theirs, joint training: on z, all layers from N(0, I));
-     with --space z they start at p0 too, so that K = 0 is always the plain generator
+  D1 chains run on eps (theirs, joint training: on z; --space z) and always start at p0 (theirs:
+     all layers from N(0, I)), so that K = 0 is the plain generator
   D2 the target on eps has -|eps|^2 / 2 (theirs, two-stage: log p0(T(eps)), which is not its law)
   D3 log sigma_i is bounded by a tanh (theirs is not: at sigma 0.01 a chain on z explodes)
   D4 p0(z_L) has standard deviation 1 (theirs 1.01)
@@ -70,35 +70,34 @@ STACKS = {"cifar": (8, [1024, 512, 256]), "svhn": (4, [512, 256, 128]),    # fir
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Explicit flag > preset of --dataset and --scheme > default, as --help shows."""
-    number, switch = common.number, argparse.BooleanOptionalAction
     p = common.run_parser("joint_layer_ebm.py", __doc__, "synth_svhn", list(PRESETS))
-    flag, count, positive = (p.add_argument_group("model").add_argument, number(int, 0),
-                             number(float, 0, open_low=True))
+    count, one, positive = (common.number(int, 0), common.number(int, 1),
+                            common.number(float, 0, open_low=True))
+    flag = p.add_argument_group("model").add_argument
     flag("--scheme", default="mcmc", choices=["mcmc", "variational", "two_stage"])
     flag("--net", default="ladder", choices=["ladder", "deep", *STACKS],
          help="cifar, svhn, celeba: the authors' two layers, g sees z_1 only")
-    flag("--z_dims", type=number(int, 1), nargs="+", default=[128, 100], help="z_1, .., z_L")
-    flag("--width", type=number(int, 4), default=32, help="channels: ladder at its bottom, deep")
+    flag("--z_dims", type=one, nargs="+", default=[128, 100], help="z_1, .., z_L")
+    flag("--width", type=common.number(int, 4), default=32, help="channels: ladder's lowest, deep")
     flag("--groups", type=count, nargs="+", default=[2, 1],
          help="deep: latent groups on each scale, smallest maps (4 x 4) first")
-    flag("--group_dim", type=number(int, 1), default=4, help="deep: channels of a group")
-    flag("--prior_hidden", type=number(int, 1), default=200)
+    flag("--group_dim", type=one, default=4, help="deep: channels of a group")
+    flag("--prior_hidden", type=one, default=200)
     flag("--prior_layers", type=count, default=4, help="hidden layers of mu_i, sigma_i")
     flag("--f_hidden", type=count, nargs="+", default=[200, 100],
          help="of f_1, f_2, ..; the last for all above; 0: no energies, the plain backbone")
-    flag("--f_layers", type=number(int, 1), nargs="+", default=[3, 2], help="hidden layers of f_i")
-    flag("--spectral_norm", action=switch, default=False, help="on the energies' layers")
+    flag("--f_layers", type=one, nargs="+", default=[3, 2], help="hidden layers of f_1, ..")
+    flag("--spectral_norm", action=argparse.BooleanOptionalAction, default=False, help="in f")
     flag("--sigma", type=positive, default=0.3, help="of p(x|z), images in [-1, 1]")
     flag = p.add_argument_group("training").add_argument
     flag("--epochs_backbone", type=count, default=0, help="VAE alone, before the energies")
     flag("--epochs", type=count, default=101)
     flag("--max_steps", type=count, default=0, help="steps a stage; 0: epochs decide")
-    flag("--batch_size", type=number(int, 1), default=100, help="over all processes")
+    flag("--batch_size", type=one, default=100, help="over all processes")
     flag("--lr", type=positive, default=1e-4, help="Adam: generator, prior, encoder")
     flag("--lr_ebm", type=positive, default=2e-5, help="Adam: energies")
-    flag("--f_l2", type=number(float, 0), default=0.0, help="weight of mean f(z+)^2 + f(z-)^2")
     flag("--kl_warmup", type=count, default=0, help="steps until the KL has weight 1")
-    flag("--free_bits", type=number(float, 0), default=0.0, help="nats a layer without KL cost")
+    flag("--free_bits", type=common.number(float, 0), default=0.0, help="nats a layer, no KL cost")
     flag("--max_gap", type=positive, default=500.0, help="|mean f(z+) - mean f(z-)|: roll back")
     flag = p.add_argument_group("sampler").add_argument
     flag("--space", default="eps", choices=["eps", "z"], help="coordinates of the chains")
@@ -107,12 +106,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--post_steps", type=count, default=40)
     flag("--post_step_size", type=positive, default=0.1)
     flag = p.add_argument_group("evaluation").add_argument
-    flag("--held_out", type=number(int, -1, 9), default=-1, help="class never trained on: anomaly")
-    flag("--last_epochs", type=number(int, 1), default=10, help="whose AUPRC is averaged")
+    flag("--held_out", type=common.number(int, -1, 9), default=-1, help="class never trained on")
+    flag("--last_epochs", type=one, default=10, help="whose AUPRC of --held_out is averaged")
     flag("--ood", choices=list(PRESETS), help="data set to be told from the test set")
-    flag("--ood_samples", type=number(int, 1), default=4, help="of z for an image and a k")
+    flag("--ood_samples", type=one, default=4, help="of z for an image and a k")
     flag("--ood_steps", type=count, default=0, help="Langevin steps on the layers up to k")
-    flag("--long_steps", type=number(int, 40), default=2500, help="of the chains for diagnostics")
+    flag("--long_steps", type=common.number(int, 40), default=2500, help="of diagnostic chains")
     dataset, scheme = common.peek(p, argv, "dataset"), common.peek(p, argv, "scheme")
     deep = DEEP | TWO_STAGE.get(dataset, {}) if scheme == "two_stage" else {}
     p.set_defaults(**PRESETS.get(dataset, {}) | deep)
@@ -140,7 +139,10 @@ def bounded(log_std: Tensor, bound: float = 3.0) -> Tensor:
 
 
 class TopDown(nn.Module):
-    """p0(z) = N(z_L; 0, I) prod_i N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2), and T: eps -> z."""
+    """p0(z) = N(z_L; 0, I) prod_i N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2), and T: eps -> z.
+
+    On the way down a state carries the layers seen so far; here it is those, side by side.
+    """
 
     def __init__(self, dims: list[int], hidden: int = 200, n_hidden: int = 4):
         super().__init__()
@@ -149,16 +151,9 @@ class TopDown(nn.Module):
                                   for i, d in enumerate(dims[:-1]))
 
     def begin(self, z: Tensor) -> Tensor:
-        """The state above the top layer: here a state is the layers seen so far, side by side."""
         return z.new_zeros(len(z), 0)
 
-    def conditional(self, i: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu, log_std) [b d_i] of layer i, given the layers above."""
-        mu, log_std = self.nets[i](state).flatten(1).chunk(2, dim=1)
-        return mu.float(), bounded(log_std)
-
     def absorb(self, i: int, state: Tensor, z_i: Tensor) -> Tensor:
-        """The state below layer i."""
         return torch.cat([z_i, state], 1)
 
     def walk(self, pick, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,7 +162,8 @@ class TopDown(nn.Module):
         for i in reversed(range(len(self.dims))):
             mu = log_std = torch.zeros(len(like), self.dims[i], device=like.device)
             if i < len(self.dims) - 1:
-                mu, log_std = self.conditional(i, state)
+                mu, log_std = self.nets[i](state).flatten(1).float().chunk(2, dim=1)
+                log_std = bounded(log_std)
             layers.insert(0, (pick(i, mu, log_std, state), mu, log_std))
             state = self.absorb(i, state, layers[0][0])
         return *(torch.cat(parts, 1) for parts in zip(*layers)), state
@@ -200,9 +196,9 @@ class TopDown(nn.Module):
 class Cell(nn.Module):
     """Residual bottleneck without normalisation, so that chains do not interact."""
 
-    def __init__(self, width: int):
+    def __init__(self, a: int):
         super().__init__()
-        a, b = width, max(width // 2, 4)
+        b = max(a // 2, 4)
         convs = [(a, b, 1), (b, b, 3, 1, 1), (b, b, 3, 1, 1), (b, a, 1)]
         self.body = nn.Sequential(*[m for c in convs for m in (nn.SiLU(), nn.Conv2d(*c))])
 
@@ -211,20 +207,18 @@ class Cell(nn.Module):
 
 
 class DeepTopDown(TopDown):
-    """The prior half of a residual top-down VAE (NVAE, VDVAE): groups of latent maps [c s s].
+    """The prior half of a residual top-down VAE (NVAE, VDVAE): groups of latent maps [c s s],
+    groups[j] of them of side 4 * 2^j. The state is a feature map [b width s s]."""
 
-    groups[j] of them have side 4 * 2^j. The state is a feature map [b width s s].
-    """
-
-    def __init__(self, groups: list[int], group_dim: int, width: int):
+    def __init__(self, groups: list[int], c: int, width: int):
         super().__init__([])
         self.sizes = [4 * 2**j for j, n in enumerate(groups) for _ in range(n)][::-1]
-        self.shapes = [(group_dim, s, s) for s in self.sizes]
+        self.shapes = [(c, s, s) for s in self.sizes]
         self.dims = [math.prod(shape) for shape in self.shapes]
         self.top = nn.Parameter(0.1 * torch.randn(1, width, self.sizes[-1], self.sizes[-1]))
-        self.nets = nn.ModuleList(nn.Sequential(Cell(width), nn.Conv2d(width, 2 * group_dim, 1))
-                                  for _ in self.sizes[:-1])
-        self.merge = nn.ModuleList(nn.Conv2d(group_dim, width, 1) for _ in self.sizes)
+        self.nets = nn.ModuleList(nn.Sequential(Cell(width), nn.Conv2d(width, 2 * c, 1))
+                                  for _ in self.sizes[1:])
+        self.merge = nn.ModuleList(nn.Conv2d(c, width, 1) for _ in self.sizes)
         self.cells = nn.ModuleList(Cell(width) for _ in self.sizes)
 
     def begin(self, z: Tensor) -> Tensor:
@@ -235,16 +229,18 @@ class DeepTopDown(TopDown):
         return F.interpolate(state, size=self.sizes[i - 1]) if i else state
 
 
+# Encoders: (x, noise [b d]) -> q, with q(i, mu_i, log_std_i of p0, state) -> (mu, log_std) of layer
+# i; noise is what z will be made of. exact[i]: was z_>i drawn without a look at z_i?
 class DeepEncoder(nn.Module):
     """The other half: q(z_i|x, z_>i) as shifts of p0's parameters, from bottom-up maps of x."""
 
-    def __init__(self, prior: DeepTopDown, channels: int, width: int, group_dim: int):
+    def __init__(self, prior: DeepTopDown, channels: int, c: int, width: int):
         super().__init__()
         self.exact, self.sizes = [True] * len(prior.dims), prior.sizes
         self.stem = nn.Conv2d(channels, width, 3, 1, 1)
         self.cells = nn.ModuleDict({str(s): Cell(width) for s in prior.sizes})
         self.heads = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(2 * width, width, 1), Cell(width), nn.Conv2d(width, 2 * group_dim, 1))
+            nn.Conv2d(2 * width, width, 1), Cell(width), nn.Conv2d(width, 2 * c, 1))
             for _ in prior.sizes)
 
     def forward(self, x: Tensor, noise: Tensor):
@@ -257,17 +253,6 @@ class DeepEncoder(nn.Module):
             shift, widen = h.float().flatten(1).chunk(2, dim=1)
             return mu + shift, log_std + widen
         return q
-
-
-def stack_generator(name: str, z_dim: int, channels: int) -> nn.Sequential:
-    """The authors' CIFAR-10 generator, z_1 [b d_1] -> [b c h w] in [-1, 1], and its siblings."""
-    kernel, widths = STACKS[name]
-    layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], kernel)]
-    for a, b in zip(widths, widths[1:]):
-        layers += [nn.LeakyReLU(0.2), nn.ConvTranspose2d(a, b, 4, 2, 1)]
-    last = (3, 1, 1) if name == "cifar" else (4, 2, 1)
-    return nn.Sequential(*layers, nn.LeakyReLU(0.2),
-                         nn.ConvTranspose2d(widths[-1], channels, *last), nn.Tanh())
 
 
 class StackEncoder(nn.Module):
@@ -289,13 +274,23 @@ class StackEncoder(nn.Module):
         return lambda i, *_: q[i]
 
 
-def ladder_levels(size: int, n_layers: int, width: int) -> list[tuple[int, int]]:
-    """(side, channels) of maps, each half the one below, to 4 x 4 or less, a level a layer."""
-    levels = []
-    while size > 4 or len(levels) < n_layers:
-        size = math.ceil(size / 2)
-        levels.append((size, min(width * 2**len(levels), 4 * width)))
-    return levels
+def stack_generator(name: str, z_dim: int, channels: int) -> nn.Sequential:
+    """The authors' CIFAR-10 generator, z_1 [b d_1] -> [b c h w] in [-1, 1], and its siblings."""
+    kernel, widths = STACKS[name]
+    layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], kernel)]
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.LeakyReLU(0.2), nn.ConvTranspose2d(a, b, 4, 2, 1)]
+    last = (3, 1, 1) if name == "cifar" else (4, 2, 1)
+    return nn.Sequential(*layers, nn.LeakyReLU(0.2),
+                         nn.ConvTranspose2d(widths[-1], channels, *last), nn.Tanh())
+
+
+def ladder_levels(size: int, n_layers: int, width: int) -> tuple[list[int], list[int]]:
+    """Sides and channels of maps, each half the one below, to 4 x 4 or less, a level a layer."""
+    sides = [math.ceil(size / 2)]
+    while sides[-1] > 4 or len(sides) < n_layers:
+        sides.append(math.ceil(sides[-1] / 2))
+    return sides, [min(width * 2**i, 4 * width) for i in range(len(sides))]
 
 
 class LadderGenerator(nn.Module):
@@ -303,19 +298,19 @@ class LadderGenerator(nn.Module):
 
     def __init__(self, dims: list[int], shape: tuple[int, int, int], width: int):
         super().__init__()
-        levels = ladder_levels(shape[1], len(dims), width)[::-1]           # from the top
-        self.dims, self.sizes = dims, [s for s, _ in levels] + [shape[1]]
-        self.inject = nn.ModuleList(nn.Sequential(nn.Linear(d, c * s**2), nn.Unflatten(1, (c, s, s)))
-                                    for d, (s, c) in zip(dims[::-1], levels))
-        widths = [c for _, c in levels] + [shape[0]]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in
-                                zip(widths, widths[1:]))
+        sides, widths = (v[::-1] for v in ladder_levels(shape[1], len(dims), width))
+        self.dims, self.sides = dims, [*sides[1:], shape[1]]
+        self.inject = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, c * s**2), nn.Unflatten(1, (c, s, s)))
+            for d, s, c in zip(dims[::-1], sides, widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1)
+                                for a, b in zip(widths, [*widths[1:], shape[0]]))
 
     def forward(self, z: Tensor) -> Tensor:
         parts, h = z.split(self.dims, 1)[::-1], 0.0
-        for i, (up, size) in enumerate(zip(self.up, self.sizes[1:])):
+        for i, (up, s) in enumerate(zip(self.up, self.sides)):
             h = h + self.inject[i](parts[i]) if i < len(parts) else h
-            h = up(F.leaky_relu(h, 0.2))[..., :size, :size]                # 28 is not 4 * 2^3
+            h = up(F.leaky_relu(h, 0.2))[..., :s, :s]                      # 28 is not 4 * 2^3
         return h.tanh()
 
 
@@ -324,14 +319,14 @@ class LadderEncoder(nn.Module):
 
     def __init__(self, dims: list[int], shape: tuple[int, int, int], width: int):
         super().__init__()
-        levels, self.exact = ladder_levels(shape[1], len(dims), width), [True] * len(dims)
-        widths, sides = [shape[0]] + [c for _, c in levels], [shape[1]] + [s for s, _ in levels]
+        sides, widths = ladder_levels(shape[1], len(dims), width)
+        self.exact, n = [True] * len(dims), len(dims)
         self.trunk = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1 + s % 2) for a, b, s in
-                                   zip(widths, widths[1:], sides))
+                                   zip([shape[0], *widths], widths, [shape[1], *sides]))
         self.heads = nn.ModuleList(nn.Sequential(
             nn.Conv2d(c, c, 3, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(),
             nn.Linear(c * math.ceil(s / 2)**2, 2 * d))
-            for d, (s, c) in zip(dims, levels[len(levels) - len(dims):]))
+            for d, s, c in zip(dims, sides[-n:], widths[-n:]))
 
     def forward(self, x: Tensor, noise: Tensor):
         maps = []
@@ -344,24 +339,22 @@ class LadderEncoder(nn.Module):
 
 class Energies(nn.Module):
     """f_i(z_i) of all layers, z [b d] -> [b L]: NEGATIVE energies, high where z is likely.
-
-    An MLP for a vector; for maps (c, s, s) first convolutions down to 4 x 4.
-    """
+    An MLP for a vector; for maps (c, s, s) first convolutions down to 4 x 4."""
 
     def __init__(self, prior: TopDown, hidden: list[int], n_hidden: list[int], spectral: bool):
         super().__init__()
         self.dims, self.shapes, self.nets = prior.dims, prior.shapes, nn.ModuleList()
         for i, (n, *side) in enumerate(self.shapes if any(hidden) else []):
-            width, depth, layers = hidden[i:i + 1] or hidden[-1:], n_hidden[i:i + 1], []
-            depth = (depth or n_hidden[-1:])[0]
+            width, depth = (v[min(i, len(v) - 1)] for v in (hidden, n_hidden))
+            layers = []
             if side:
-                depth, s = max(round(math.log2(side[0] / 4)), 1), side[0]
+                s, depth = side[0], max(round(math.log2(side[0] / 4)), 1)
                 while s > 4:
                     layers += [nn.Conv2d(n, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
                     n, s = 64, s // 2
                 layers, n = [*layers, nn.Flatten()], n * s * s
-            self.nets.append(nn.Sequential(*layers, mlp(n, *width * depth, 1)))
-        for m in [m for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and spectral]:
+            self.nets.append(nn.Sequential(*layers, mlp(n, *[width] * depth, 1)))
+        for m in [m for m in self.modules() if spectral and isinstance(m, (nn.Linear, nn.Conv2d))]:
             spectral_norm(m)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -378,22 +371,25 @@ class JointEBM(nn.Module):
         self.amp, self.net, dims, width = args.amp, args.net, args.z_dims, args.width
         if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
             raise ValueError(f"--net {args.net} is not made for images of {shape}; try ladder")
+        self.prior = TopDown(dims, args.prior_hidden, args.prior_layers) if args.net != "deep" \
+            else DeepTopDown(args.groups, args.group_dim, width)
         if args.net == "deep":
-            self.prior = DeepTopDown(args.groups, args.group_dim, width)
             self.generator = nn.Sequential(
                 nn.Upsample(shape[1:]), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
                 nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
-            encoder = DeepEncoder(self.prior, shape[0], width, args.group_dim)
+            encoder = DeepEncoder(self.prior, shape[0], args.group_dim, width)
+        elif args.net == "ladder":
+            self.generator = LadderGenerator(dims, shape, width)
+            encoder = LadderEncoder(dims, shape, width)
         else:
-            self.prior = TopDown(dims, args.prior_hidden, args.prior_layers)
-            if args.net == "ladder":
-                self.generator = LadderGenerator(dims, shape, width)
-                encoder = LadderEncoder(dims, shape, width)
-            else:
-                self.generator = stack_generator(args.net, dims[0], shape[0])
-                encoder = StackEncoder(dims, shape)
+            self.generator = stack_generator(args.net, dims[0], shape[0])
+            encoder = StackEncoder(dims, shape)
         self.encoder = None if args.scheme == "mcmc" else encoder
         self.energies = Energies(self.prior, args.f_hidden, args.f_layers, args.spectral_norm)
+
+    def backbone(self) -> list[nn.Module]:
+        """All nets but the energies."""
+        return [net for net in (self.prior, self.generator, self.encoder) if net is not None]
 
     def generate(self, z: Tensor, state: Tensor) -> Tensor:
         """Mean image [b c h w] in [-1, 1], of z [b d] and the prior's last state along it."""
@@ -406,7 +402,7 @@ class JointEBM(nn.Module):
         return self.generate(z, self.prior.at(z)[2] if self.net == "deep" else z)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
-        """z ~ q(z|x), then mu, log_std of q and of p0(z_i|z_>i) along it, all [b d]; and a state."""
+        """z ~ q(z|x), then mu, log_std of q and of p0(z_i|z_>i) along it, all [b d]; a state."""
         noise, params = torch.randn(len(x), sum(self.prior.dims), device=x.device), {}
         parts = noise.split(self.prior.dims, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
@@ -458,10 +454,9 @@ def kl_layers(z: Tensor, mu: Tensor, log_std: Tensor, mu_p: Tensor, log_std_p: T
     return torch.stack([(a if is_exact else b).sum(1) for is_exact, a, b in layers], 1)
 
 
-def energy_loss(f_pos: Tensor, f_neg: Tensor, l2: float = 0.0) -> Tensor:
-    """mean f(z-) - mean f(z+), f [b L], summed over layers: minus the likelihood's ascent.
-    l2 holds the energies near 0. One Adam for all f_i is the same as one each."""
-    return (f_neg - f_pos).mean(0).sum() + l2 * (f_pos**2 + f_neg**2).mean(0).sum()
+def energy_loss(f_pos: Tensor, f_neg: Tensor) -> Tensor:
+    """mean f(z-) - mean f(z+), f [b L], summed over layers; one Adam for all f_i is one each."""
+    return f_neg.mean(0).sum() - f_pos.mean(0).sum()
 
 
 def vae_loss(model: JointEBM, x: Tensor, args, kl_weight: float = 1.0,
@@ -540,29 +535,29 @@ def train_step(model: JointEBM, x: Tensor, stage: str, opt, opt_ebm, args,
 
     A parameter takes gradients only within the loss that trains it. opt is of all but energies.
     """
-    x, metrics, prior = 2 * x - 1, {}, model.prior
+    x, metrics = 2 * x - 1, {}
     model.requires_grad_(False)
     tilted = stage != "backbone" and len(model.energies.nets) > 0
     z_neg = sample_prior(model, len(x), x.device, args) if tilted else None
     if stage == "energy" or args.scheme == "mcmc":
         z_pos = sample_posterior(model, x, args)
     if stage != "energy":
-        for net in filter(None, (prior, model.generator, model.encoder)):
+        for net in model.backbone():
             net.requires_grad_(True)
         if args.scheme == "mcmc":
             loss = -log_lik(x, model.decode(z_pos), args.sigma).mean()
             metrics["nll_nats"] = loss.detach()
-            loss = loss - prior.log_prob(z_pos).mean()
+            loss = loss - model.prior.log_prob(z_pos).mean()
         else:
             loss, z_pos, metrics = vae_loss(model, x, args, kl_weight, tilted)
-        loss = loss + prior.log_prob(z_neg).mean() if tilted else loss     # p0 is inside Z
+        loss = loss + model.prior.log_prob(z_neg).mean() if tilted else loss   # p0 is inside Z
         opt.zero_grad(set_to_none=True)
         loss.backward()
     if tilted:
         model.energies.requires_grad_(True).train()                        # spectral norm moves
         f_pos, f_neg = model.energies(z_pos), model.energies(z_neg)
         opt_ebm.zero_grad(set_to_none=True)
-        energy_loss(f_pos, f_neg, args.f_l2).backward()
+        energy_loss(f_pos, f_neg).backward()
         opt_ebm.step()
         model.energies.eval()
         metrics |= {"f_pos": f_pos.detach().sum(1).mean(), "f_neg": f_neg.detach().sum(1).mean()}
@@ -571,25 +566,31 @@ def train_step(model: JointEBM, x: Tensor, stage: str, opt, opt_ebm, args,
     return metrics
 
 
-def train_stage(model: JointEBM, index: int, stage: str, n_epochs: int, sets, args, run,
-                state: dict | None) -> list[float]:
-    """Train a stage, from its start or a checkpoint; returns the AUPRC after its last epochs.
+def optimisers(model: JointEBM, args, run) -> list[torch.optim.Adam]:
+    """Of the backbone and of the energies; gradients are averaged over the ranks."""
+    opts = []
+    for nets, lr in ((model.backbone(), args.lr), ([model.energies], args.lr_ebm)):
+        params = [p for net in nets for p in net.parameters()]
+        opts.append(torch.optim.Adam(params or [torch.zeros(1)], lr, fused=True))
+        opts[-1].register_step_pre_hook(
+            lambda *_, params=params: common.average_gradients(params, run.world))
+    return opts
+
+
+def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, run) -> list[float]:
+    """Backbone steps, then those of the scheme; returns the AUPRC after each of the last epochs.
 
     Chains that diverge: back to the last checkpoint, with half the learning rate of the energies.
     """
-    (train_set, test), m = sets, image_name(sets[0])
-    nets = filter(None, (model.prior, model.generator, model.encoder))
-    params = [p for net in nets for p in net.parameters()], list(model.energies.parameters())
-    opts = [torch.optim.Adam(p or [torch.zeros(1)], lr, fused=True) for p, lr in
-            zip(params, (args.lr, args.lr_ebm))]
-    for opt, p in zip(opts, params):
-        opt.register_step_pre_hook(lambda *_, p=p: common.average_gradients(p, run.world))
-    per_epoch = max(len(train_set) // args.batch_size, 1)
-    total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
-    step, auprc, alarm = 0, [], torch.zeros((), dtype=torch.bool, device=run.device)
+    m, per_epoch = image_name(train_set), max(len(train_set) // args.batch_size, 1)
+    opts, step, auprc = optimisers(model, args, run), 0, []
+    first, later = (min(n * per_epoch, args.max_steps or n * per_epoch)
+                    for n in (args.epochs_backbone, args.epochs))
+    total, n_epochs = first + later, math.ceil((first + later) / per_epoch)
+    alarm = torch.zeros((), dtype=torch.bool, device=run.device)
 
     def save():
-        run.save({"stage": index, "step": step, "model": model.state_dict(), "auprc": auprc,
+        run.save({"step": step, "model": model.state_dict(), "auprc": auprc,
                   "opts": [opt.state_dict() for opt in opts]})
 
     def restore(state):
@@ -598,30 +599,32 @@ def train_stage(model: JointEBM, index: int, stage: str, n_epochs: int, sets, ar
             opt.load_state_dict(kept)
         opts[1].param_groups[0]["lr"] = args.lr_ebm / 2**run.rollbacks
         return state["step"], state["auprc"]
-    if state is None:
-        save()
+    if args.resume:
+        step, auprc = restore(run.load(args.checkpoint, free=EVAL_FLAGS))
     else:
-        step, auprc = restore(state)
+        torch.manual_seed(args.seed + 10**6 * run.rank)                    # noise of its own
+        save()
     while step < total:
         epoch = step // per_epoch
-        order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
+        order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
                               run.rank, run.world, [m]):
-            kl_weight = min(1.0, (step + 1) / args.kl_warmup) if args.kl_warmup else 1.0
-            metrics = train_step(model, x[m], stage, *opts, args, kl_weight)
+            stage = "energy" if args.scheme == "two_stage" else "joint"
+            stage = "backbone" if step < first else stage
             step += 1
+            kl_weight = min(1.0, step / max(args.kl_warmup, 1))
+            metrics = train_step(model, x[m], stage, *opts, args, kl_weight)
             gap = metrics.get("f_pos", 0 * alarm) - metrics.get("f_neg", 0 * alarm)
             alarm = alarm | ~(gap.abs() < args.max_gap) | ~sum(metrics.values()).isfinite()
             due, last = run.checkpoint_due(), step % per_epoch == 0 or step == total
             if due or last or step % args.log_every == 0:
                 if common.any_rank(alarm, run.world):
-                    step, auprc = restore(run.rollback(f"{stage} diverged by step {step}"))
+                    step, auprc = restore(run.rollback(f"diverged by step {step} ({stage})"))
                     alarm = torch.zeros_like(alarm)
                     break
                 run.log(stage=stage, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
-            if last and args.held_out >= 0 and stage != "backbone" \
-                    and epoch >= n_epochs - args.last_epochs:
+            if last and args.held_out >= 0 and epoch >= n_epochs - args.last_epochs:
                 auprc.append(anomaly_auprc(model, test, args, run.device))
             if due:
                 save()
@@ -629,23 +632,7 @@ def train_stage(model: JointEBM, index: int, stage: str, n_epochs: int, sets, ar
                 run.stop()
             if step == total:
                 break
-    return auprc
-
-
-def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, run) -> list[float]:
-    """The stages of --scheme in turn; --resume goes on where the checkpoint stands."""
-    stages = [("backbone", args.epochs_backbone),
-              ("energy" if args.scheme == "two_stage" else "joint", args.epochs)]
-    state = run.load(args.checkpoint, free=EVAL_FLAGS) if args.resume else {"stage": 0, "auprc": []}
-    if args.resume:
-        model.load_state_dict(state["model"])
-    elif run.rank:
-        torch.manual_seed(torch.randint(2**40, ()).item() + run.rank)      # noise of its own
-    auprc = state["auprc"]
-    for i in range(state["stage"], len(stages)):
-        resumed = state if i == state["stage"] and "opts" in state else None
-        auprc = train_stage(model, i, *stages[i], (train_set, test), args, run, resumed)
-    run.save({"stage": len(stages), "model": model.state_dict(), "auprc": auprc})
+    save()
     return auprc
 
 
@@ -780,6 +767,10 @@ def evaluate(model: JointEBM, train_set: data.Dataset, test: data.Dataset, auprc
     z = sample_posterior(model, 2 * x - 1, args)
     metrics["recon_mse"] = ((images(model, z) - x)**2).mean().item()
     draw_layers(model, x[:8], args, run)
+    if "frechet_clf" in metrics:
+        run.say("Fréchet distance after K steps: " + "  ".join(
+            f"{key.removeprefix('frechet_clf_k')}: {value:.2f}" for key, value in metrics.items()
+            if key.startswith("frechet_clf_k")))
     return metrics | diagnose_chains(model, args, run)
 
 
