@@ -626,7 +626,7 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, ru
                 run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
             if last and args.held_out >= 0 and epoch >= n_epochs - args.last_epochs:
                 auprc.append(anomaly_auprc(model, test, args, run.device))
-            if due:
+            if due or step == first:
                 save()
             if run.stop_requested:
                 run.stop()
