@@ -1,0 +1,676 @@
+"""Multimodal energy-based model with a multimodal VAE via MCMC revision
+(Cui, Lao, Yu, TMLR 2026, arXiv 2605.00644).
+
+Three models learn from each other. A generator proposes all modalities from one latent, Langevin
+steps under a joint energy-based model (EBM) revise them; an inference model proposes latents of
+data, Langevin steps under the generator's posterior revise these. Generator and inference model
+regress on the revised samples, so that the next proposals need less revision.
+
+Model       generator  p_w(X,z) = N(z; 0, I) prod_m p_w(x_m|z)       Normal, Laplace or categorical
+            inference  q(z|X)   = 1/M sum_m N(z; mu_m(x_m), diag var_m(x_m))    mixture of experts
+            EBM        pi(X)    = exp f(X) / Z,  f = ebm: the NEGATIVE energy, high = likely
+Symbols     x {m: [b c h w] in [0, 1] | [b l] tokens}; state {m: images in [-1, 1] | logits
+            [b l v]}; z [b d]; x_rev, z_rev revised samples (X~, z~); s step size, n noise_std
+
+Algorithm, for each batch X
+  1 z ~ N(0, I), X_0 = g(z);  X~: k_x steps  X <- X + s^2/2 d f/dX + n eps   from X_0, all jointly
+  2 z_0 ~ q(z|X);  z~: k_z steps  z <- z + s^2/2 d[log p(z) + log p_w(X|z)]/dz + n eps
+  3 generator  ascends  l_rec log p_w(X|z~) + l_syn log p_w(X~|z)
+  4 inference  ascends  log q(z~|X) + l_inf log q(z|X~)
+  5 EBM        ascends  f(X) - f(X~)
+Nothing is differentiated through a chain. Stationary law of a chain with n < s: density^(1/T) with
+temperature T = (n/s)^2 (as s -> 0); only n = s samples the density itself. The x chain has n << s:
+it is close to ascent on f, its short run is part of the model. Steps on f / T would be the same
+chain with n = s; the EBM's gradient carries no 1/T, which Adam would cancel.
+
+Usage
+  python ebm_revision.py                                 synthetic digits, minutes on two CPU cores
+  python ebm_revision.py --dataset polymnist --data_dir DIR
+  python ebm_revision.py --ablation --epochs 2           a table of variants; results: README.md
+
+Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
+  D1 text is revised on its logits; the energy sees softmax(logits) times an embedding
+  D2 chains use fixed spectral norms, normalised weights computed once a chain; no BatchNorm
+  D3 a chain started at noise has no latent: its terms of steps 3 and 4 are left out
+  D4 the z chain has 1 / (2 sigma^2) (theirs 1 / sigma^2); X~ of step 1 is reused in 5 (theirs runs
+     the chain again: --rerun_chain)
+  D5 --warmup epochs without the EBM; --weights ancestor (1, 50, 0.1) or paper (1, 1, 1)
+"""
+import argparse
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+import common
+import data
+
+# ---- Config --------------------------------------------------------------------------------------
+FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, warmup=0, lr_ebm=1e-4,
+            lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)
+PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
+           "cub": FULL}
+WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
+           "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
+INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
+ABLATION = {
+    "full": [], "x from noise": ["--x_init", "noise"], "z from noise": ["--z_init", "noise"],
+    "both from noise": ["--x_init", "noise", "--z_init", "noise"], "staged": ["--staged"],
+    **{f"k_x {k}": ["--x_steps", str(k), "--x_steps_test", str(k)] for k in (0, 10, 30, 60)},
+    **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
+    "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
+    "additive": ["--fusion", "additive"], "mixture NLL": ["--nll", "mixture"]}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Explicit flag > preset of --dataset, --weights > default, as --help shows."""
+    number, switch = common.number, argparse.BooleanOptionalAction
+    p = common.run_parser("ebm_revision.py", __doc__, "synth_mnist_svhn", [*PRESETS, "paired"])
+    flag = p.add_argument_group("model").add_argument
+    flag("--z_dim", type=number(int, 1), default=16)
+    flag("--width", type=number(int, 4), default=16, help="channels of the first convolution")
+    flag("--fusion", default="late", choices=["late", "early", "additive"], help="of the energy")
+    flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
+    flag("--sigma", type=number(float, 0, open_low=True), default=0.3, help="scale of p(x|z)")
+    flag = p.add_argument_group("training").add_argument
+    flag("--epochs", type=number(int, 0), default=5)
+    flag("--warmup", type=number(int, 0), default=3, help="first epochs without the EBM")
+    flag("--staged", action=switch, default=False, help="after warmup the EBM learns alone")
+    flag("--max_steps", type=number(int, 0), default=0, help="0: epochs decide")
+    flag("--batch_size", type=number(int, 1), default=64, help="over all processes")
+    flag("--weights", default="paper", choices=list(WEIGHTS), help="sets the next three")
+    flag("--l_rec", type=number(float, 0), default=1.0, help="of log p(X|z_rev)")
+    flag("--l_syn", type=number(float, 0), default=1.0, help="of log p(X_rev|z)")
+    flag("--l_inf", type=number(float, 0), default=1.0, help="of log q(z|X_rev)")
+    flag("--moe", default="random", choices=["random", "stratified"], help="experts of z_0")
+    flag("--nll", default="per_expert", choices=["per_expert", "mixture"], help="-log q(z|X)")
+    flag("--rerun_chain", action=switch, default=False, help="a second x chain, for the EBM")
+    flag("--lr_ebm", type=number(float, 0, open_low=True), default=2e-4)
+    flag("--lr_gen", type=number(float, 0, open_low=True), default=1e-3)
+    flag("--lr_enc", type=number(float, 0, open_low=True), default=1e-3)
+    flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
+    flag("--gamma", type=number(float, 0, 1, open_low=True), default=0.998, help="lr, an epoch")
+    flag("--energy_l2", type=number(float, 0), default=0.0, help="of f(X)^2 + f(X_rev)^2")
+    flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
+    flag = p.add_argument_group("sampler").add_argument
+    flag("--x_init", default="generator", choices=["generator", "noise"])
+    flag("--z_init", default="q", choices=["q", "noise"])
+    flag("--x_steps", type=number(int, 0), default=15, help="k_x")
+    flag("--x_steps_test", type=number(int, 0), default=30)
+    flag("--x_step_size", type=number(float, 0, open_low=True), default=0.5)
+    flag("--x_noise", type=number(float, 0), default=1e-3, help="temperature (x_noise / step)^2")
+    flag("--z_steps", type=number(int, 0), default=10, help="k_z")
+    flag("--cond_z_steps", type=number(int, 0), default=10, help="given some modalities")
+    flag("--z_step_size", type=number(float, 0, open_low=True), default=0.1)
+    flag("--z_noise", type=number(float, 0), default=0.1)
+    p.add_argument("--ablation", action="store_true", help="run every variant, print the table")
+    p.set_defaults(**PRESETS.get(common.peek(p, argv, "dataset"), {}),
+                   **WEIGHTS.get(common.peek(p, argv, "weights"), {}))
+    return p.parse_args(argv)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+def conv_trunk(shape: tuple[int, ...], width: int) -> tuple[nn.Sequential, int]:
+    """Image [b c h w] in [-1, 1] -> features [b f]: 3 stride-2 convolutions, 4 for 64 pixels."""
+    layers, c, size = [], shape[0], shape[1]
+    for i in range(3 if size <= 32 else 4):
+        layers += [nn.Conv2d(c, width * 2**i, 4, 2, 1), nn.LeakyReLU(0.2)]
+        c, size = width * 2**i, size // 2
+    return nn.Sequential(*layers, nn.Flatten()), c * size * (shape[2] // 2**(i + 1))
+
+
+class TextTrunk(nn.Module):
+    """Logits [b l v] -> features [b 128]: softmax times embedding, two 1-D convolutions, mean."""
+
+    def __init__(self, n_words: int):
+        super().__init__()
+        self.embed, self.body = nn.Linear(n_words, 128, bias=False), nn.Sequential(
+            nn.Conv1d(128, 128, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv1d(128, 128, 3, 1, 1),
+            nn.LeakyReLU(0.2))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        h = self.body(rearrange(self.embed(logits.softmax(-1)), "b l e -> b e l"))
+        return reduce(h, "b e l -> b e", "mean")
+
+
+def trunk(shape: tuple[int, ...], width: int) -> tuple[nn.Module, int]:
+    """A feature net for a state of this shape, (c, h, w) or (l, v), and its output size."""
+    return (TextTrunk(shape[1]), 128) if len(shape) == 2 else conv_trunk(shape, width)
+
+
+class Encoder(nn.Module):
+    """State of one modality -> (mu, log_var), both [b d]."""
+
+    def __init__(self, shape: tuple[int, ...], width: int, z_dim: int):
+        super().__init__()
+        self.body, f = trunk(shape, width)
+        self.head = nn.Linear(f, 2 * z_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, log_var = self.head(self.body(x)).chunk(2, 1)
+        return mu, log_var.clamp(-10, 4)                    # a start that cannot overflow
+
+
+def decoder(shape: tuple[int, ...], width: int, z_dim: int) -> nn.Sequential:
+    """z [b d] -> state: image [b c h w] in (-1, 1) by transposed convolutions, or logits."""
+    if len(shape) == 2:
+        return nn.Sequential(nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
+                             nn.Linear(512, shape[0] * shape[1]), nn.Unflatten(1, shape))
+    n_up = 2 if shape[1] <= 32 else 3
+    c, h, w = width * 2**n_up, shape[1] // 2**n_up, shape[2] // 2**n_up
+    layers = [nn.Linear(z_dim, c * h * w), nn.LeakyReLU(0.2), nn.Unflatten(1, (c, h, w)),
+              nn.Conv2d(c, c, 3, 1, 1), nn.LeakyReLU(0.2)]
+    for _ in range(n_up):
+        layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1), nn.LeakyReLU(0.2)]
+        c //= 2
+    return nn.Sequential(*layers, nn.Conv2d(c, shape[0], 3, 1, 1), nn.Tanh())
+
+
+class Energy(nn.Module):
+    """f(state) [b], the NEGATIVE energy of all modalities together; spectral norm in every layer.
+
+    late: a trunk a modality, then an MLP on all their features. early: images of one size stacked
+    by channel. additive: sum_m f_m(x_m), which cannot tell a coherent tuple from a mixed one.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], width: int, fusion: str):
+        super().__init__()
+        self.fusion, self.trunks = fusion, nn.ModuleDict()
+        if fusion == "early":
+            if len({s[1:] for s in shapes.values()}) > 1 or any(len(s) < 3 for s in shapes.values()):
+                raise ValueError("--fusion early needs images of one size in every modality")
+            first = next(iter(shapes.values()))
+            shapes = {"all": (sum(s[0] for s in shapes.values()), *first[1:])}
+        n = 0
+        for m, shape in shapes.items():
+            body, f = trunk(shape, width)
+            out = 1 if fusion == "additive" else 128
+            self.trunks[m], n = nn.Sequential(body, nn.Linear(f, out)), n + out
+        self.head = nn.Identity() if fusion == "additive" else nn.Sequential(
+            nn.LeakyReLU(0.2), nn.Linear(n, 256), nn.LeakyReLU(0.2), nn.Linear(256, 128),
+            nn.LeakyReLU(0.2), nn.Linear(128, 1))
+        for layer in [a for a in self.modules() if isinstance(a, (nn.Linear, nn.Conv2d, nn.Conv1d))]:
+            spectral_norm(layer)
+
+    def forward(self, state: dict[str, Tensor]) -> Tensor:
+        if self.fusion == "early":
+            state = {"all": torch.cat(list(state.values()), 1)}
+        h = torch.cat([net(state[m]) for m, net in self.trunks.items()], 1)
+        return self.head(h).sum(1)
+
+
+class Revision(nn.Module):
+    """All nets for states of shapes {m: (c, h, w) | (l, v)}: ebm, decoders, encoders."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
+        super().__init__()
+        self.shapes, self.z_dim = shapes, args.z_dim
+        self.ebm = Energy(shapes, args.width, args.fusion)
+        self.decoders = nn.ModuleDict({m: decoder(s, args.width, args.z_dim)
+                                       for m, s in shapes.items()})
+        self.encoders = nn.ModuleDict({m: Encoder(s, args.width, args.z_dim)
+                                       for m, s in shapes.items()})
+
+    def generate(self, z: Tensor) -> dict[str, Tensor]:
+        """g(z): the mean state of every modality."""
+        return {m: net(z) for m, net in self.decoders.items()}
+
+    def to_state(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images [0, 1] -> [-1, 1]; tokens -> log probabilities, a one-hot smoothed by 0.05."""
+        state = {}
+        for m, v in x.items():
+            if v.is_floating_point():
+                state[m] = 2 * v - 1
+            else:
+                n_words = self.shapes[m][1]
+                state[m] = (0.95 * F.one_hot(v, n_words).float() + 0.05 / n_words).log()
+        return state
+
+    def to_data(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse: images clamped to [0, 1], tokens by argmax."""
+        return {m: v.argmax(-1) if v.ndim == 3 else ((v + 1) / 2).clamp(0, 1)
+                for m, v in state.items()}
+
+
+# ---- Densities and losses ------------------------------------------------------------------------
+def log_normal(z: Tensor, mu=0.0, log_var=0.0) -> Tensor:
+    """log N(z; mu, diag exp(log_var)), summed over the last axis: [... d] -> [...]."""
+    log_var = torch.as_tensor(log_var, device=z.device, dtype=z.dtype)
+    log_p = -0.5 * ((z - mu) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi))
+    return log_p.sum(-1)
+
+
+def log_lik(state: dict[str, Tensor], mean: dict[str, Tensor], sigma: float, dist: str) -> Tensor:
+    """log p(X|z) [b] up to a constant, sum over the modalities in state.
+
+    Images: -|x - g|^2 / (2 sigma^2), or -|x - g|_1 / sigma (laplace). Text: cross-entropy between
+    the state's distribution over words and the decoder's.
+    """
+    log_p = 0.0
+    for m, x in state.items():
+        if x.ndim == 3:
+            log_p = log_p + reduce(x.softmax(-1) * mean[m].log_softmax(-1), "b l v -> b", "sum")
+        elif dist == "laplace":
+            log_p = log_p - reduce((x - mean[m]).abs(), "b ... -> b", "sum") / sigma
+        else:
+            log_p = log_p - reduce((x - mean[m]) ** 2, "b ... -> b", "sum") / (2 * sigma**2)
+    return log_p
+
+
+def nll_q(z: Tensor, experts: list[tuple[Tensor, Tensor]], mode: str) -> Tensor:
+    """-log q(z|X) [b] of the experts' (mu, log_var); z [b d], or [k b d] with row m from expert m.
+
+    mixture: exact, -logsumexp_m log q_m(z) + log k. per_expert: mean_m -log q_m(z), each expert
+    on its own row if there are rows; it teaches every expert to cover the posterior.
+    """
+    log_q = torch.stack([torch.stack([log_normal(row, mu, lv) for mu, lv in experts])
+                         for row in (z if z.ndim == 3 else z[None])])       # [rows k b]
+    if mode == "mixture":
+        return (math.log(len(experts)) - log_q.logsumexp(1)).mean(0)
+    return -(log_q[0].mean(0) if z.ndim == 2 else log_q.diagonal().mean(1))
+
+
+def loss_generator(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
+    """-l_rec log p(X|z_rev) - l_syn log p(X_rev|z), means over the batch; z_rev may have rows."""
+    if z_rev.ndim == 3:
+        state = {m: repeat(v, "b ... -> (k b) ...", k=len(z_rev)) for m, v in state.items()}
+        z_rev = z_rev.flatten(0, 1)
+    loss = -args.l_rec * log_lik(state, model.generate(z_rev), args.sigma, args.decoder_dist).mean()
+    if x_rev is not None:
+        syn = log_lik(x_rev, model.generate(z), args.sigma, args.decoder_dist).mean()
+        loss = loss - args.l_syn * syn
+    return loss
+
+
+def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
+    """-log q(z_rev|X) - l_inf log q(z|X_rev), means over the batch."""
+    experts = [net(state[m]) for m, net in model.encoders.items()]
+    loss = nll_q(z_rev, experts, args.nll).mean()
+    if x_rev is not None:
+        experts = [net(x_rev[m]) for m, net in model.encoders.items()]
+        loss = loss + args.l_inf * nll_q(z, experts, args.nll).mean()
+    return loss
+
+
+def loss_energy(ebm: nn.Module, state, x_rev, l2: float = 0.0) -> tuple[Tensor, Tensor]:
+    """mean f(X_rev) - mean f(X) + l2 (f(X)^2 + f(X_rev)^2): (loss, gap f(X) - f(X_rev))."""
+    f_data, f_rev = ebm({m: torch.cat([v, x_rev[m]]) for m, v in state.items()}).chunk(2)
+    loss = f_rev.mean() - f_data.mean()
+    return loss + l2 * (f_data**2 + f_rev**2).mean(), -loss.detach()
+
+
+# ---- Sampler -------------------------------------------------------------------------------------
+def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, noise_std: float | None = None,
+             trace: list | None = None) -> Tensor:
+    """z <- z + s^2/2 d log p(z)/dz + n eps, eps ~ N(0, I): n_steps of it, [b d] -> [b d] detached.
+
+    log_prob [b d] -> [b]; noise_std n, default s. With n = s the law tends to p as s -> 0 (variance
+    v / (1 - s^2 / 4v) on N(0, v)); with n != s to p^(1/T), T = (n/s)^2. trace gets every state.
+    """
+    noise_std, z = step_size if noise_std is None else noise_std, z.detach()
+    for _ in range(n_steps):
+        z = z.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(log_prob(z).sum(), z)             # sum: no 1/b factor
+        z = z.detach() + 0.5 * step_size**2 * grad + noise_std * torch.randn_like(z)
+        if trace is not None:
+            trace.append(z)
+    return z.detach()
+
+
+class frozen:
+    """Parameters of a net without gradient, eval mode and weights normalised once; then restored."""
+
+    def __init__(self, net: nn.Module):
+        self.net, self.cached = net, parametrize.cached()
+
+    def __enter__(self):
+        self.mode = self.net.training
+        self.grads = [p.requires_grad for p in self.net.parameters()]
+        self.net.eval().requires_grad_(False)
+        self.cached.__enter__()
+
+    def __exit__(self, *error):
+        self.cached.__exit__(*error)
+        self.net.train(self.mode)
+        for p, grad in zip(self.net.parameters(), self.grads):
+            p.requires_grad_(grad)
+
+
+def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, observed=(),
+             trace: list | None = None) -> dict[str, Tensor]:
+    """n_steps of Langevin on exp f from state, jointly in all modalities but the observed ones,
+    whose tensors are returned as they came. trace gets the flat free state [b n] of each step."""
+    free = {m: v.detach() for m, v in state.items() if m not in observed}
+    if not free or n_steps == 0:
+        return {m: v.detach() for m, v in state.items()}
+    sizes = [v[0].numel() for v in free.values()]
+
+    def unpack(flat):                                       # [b n] -> the whole state
+        parts = zip(free.items(), flat.split(sizes, 1))
+        return state | {m: part.reshape(v.shape) for (m, v), part in parts}
+
+    flat = torch.cat([v.flatten(1) for v in free.values()], 1)
+    with frozen(ebm):
+        flat = langevin(lambda v: ebm(unpack(v)), flat, n_steps, args.x_step_size, args.x_noise,
+                        trace)
+    return {m: v.detach() for m, v in unpack(flat).items()}
+
+
+def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int, args) -> Tensor:
+    """n_steps of Langevin on p(z) prod_m p(x_m|z), over the modalities in state: [b d]."""
+    def log_joint(z):
+        mean = {m: model.decoders[m](z) for m in state}
+        return log_normal(z) + log_lik(state, mean, args.sigma, args.decoder_dist)
+    with frozen(model.decoders):
+        return langevin(log_joint, z, n_steps, args.z_step_size, args.z_noise)
+
+
+@torch.no_grad()
+def sample_q(model: Revision, state: dict[str, Tensor], moe: str = "random") -> Tensor:
+    """z ~ q(z|x_observed): [b d], one random expert an item; stratified: a row each, [k b d]."""
+    experts = [model.encoders[m](v) for m, v in state.items()]
+    z = torch.stack([mu + (0.5 * lv).exp() * torch.randn_like(mu) for mu, lv in experts])
+    b = torch.arange(z.shape[1], device=z.device)
+    return z if moe == "stratified" else z[torch.randint(len(z), b.shape, device=z.device), b]
+
+
+def noise_state(model: Revision, b: int, device) -> dict[str, Tensor]:
+    """Where chains without a generator start: standard normal in every modality."""
+    return {m: torch.randn(b, *shape, device=device) for m, shape in model.shapes.items()}
+
+
+@torch.no_grad()
+def sample_joint(model: Revision, b: int, init: str, n_steps: int, args, device) -> dict:
+    """b joint states: n_steps of revision from the generator's or from noise."""
+    noise = init == "noise"
+    start = noise_state(model, b, device) if noise else model.generate(
+        torch.randn(b, model.z_dim, device=device))
+    return revise_x(model.ebm, start, n_steps, args)
+
+
+@torch.no_grad()
+def sample_given(model: Revision, state: dict[str, Tensor], n_steps: int, args) -> dict:
+    """All modalities given those in state, which stay bit for bit: z from a random expert, z steps
+    with the observed likelihood, the generator's rest, revised n_steps with the observed clamped."""
+    z = revise_z(model, sample_q(model, state), state, args.cond_z_steps, args)
+    return revise_x(model.ebm, model.generate(z) | state, n_steps, args, tuple(state))
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase: str = "full") -> dict:
+    """Steps 1 to 5 of the docstring on a batch. phase: full; warmup without EBM; ebm alone."""
+    state = model.to_state(x)
+    first = next(iter(state.values()))
+    b, device = len(first), first.device
+    z, x_rev, metrics = torch.randn(b, model.z_dim, device=device), None, {}
+
+    def x_chain():
+        with torch.no_grad():
+            start = noise_state(model, b, device) if args.x_init == "noise" else model.generate(z)
+        return revise_x(model.ebm, start, args.x_steps, args)
+
+    def step(name, loss):
+        opts[name].zero_grad(set_to_none=True)
+        loss.backward()
+        opts[name].step()
+        metrics[f"loss_{name}"] = loss.detach()
+
+    autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+    with autocast:
+        if phase != "warmup":
+            x_rev = x_chain()
+        if phase != "ebm":
+            z_0 = sample_q(model, state, args.moe) if args.z_init == "q" else torch.randn_like(z)
+            rows = len(z_0) if z_0.ndim == 3 else 1
+            given = {m: repeat(v, "b ... -> (k b) ...", k=rows) for m, v in state.items()}
+            z_rev = revise_z(model, z_0.reshape(-1, model.z_dim), given, args.z_steps, args)
+            z_rev = z_rev.reshape(z_0.shape)
+            paired = None if args.x_init == "noise" else x_rev              # D3
+            step("gen", loss_generator(model, state, z_rev, z, paired, args))
+            step("enc", loss_inference(model, state, z_rev, z, paired, args))
+        if phase != "warmup":
+            x_neg = x_chain() if args.rerun_chain else x_rev
+            loss, metrics["gap"] = loss_energy(model.ebm, state, x_neg, args.energy_l2)
+            step("ebm", loss)
+    return metrics
+
+
+def make_optimizers(model: Revision, args, world: int) -> dict:
+    """Adam for each net, as the ancestor's; gradients averaged over the ranks before a step."""
+    nets = {"gen": (model.decoders, args.lr_gen), "enc": (model.encoders, args.lr_enc),
+            "ebm": (model.ebm, args.lr_ebm)}
+    opts = {}
+    for name, (net, lr) in nets.items():
+        params = list(net.parameters())
+        decay = 0.0 if name == "ebm" else args.weight_decay
+        opts[name] = torch.optim.Adam(params, lr, (0.0, 0.9), weight_decay=decay, fused=True)
+        opts[name].register_step_pre_hook(
+            lambda *_, params=params: common.average_gradients(params, world))
+    return opts
+
+
+def diverged(worst: Tensor, args, run) -> bool:
+    """Has any rank seen a value that is not finite, or a gap past --max_gap?"""
+    bad = (~(worst < args.max_gap)).int()                                   # nan is bad too
+    if run.world > 1:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return bool(bad)
+
+
+def train(model: Revision, train_set: data.Dataset, args, run) -> None:
+    """Epochs of train_step; resumes exactly; goes back to a checkpoint when chains diverge."""
+    opts = make_optimizers(model, args, run.world)
+    per_epoch = max(len(train_set) // args.batch_size, 1)
+    total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
+
+    def restore(state):
+        model.load_state_dict(state["model"])
+        for name, opt in opts.items():
+            opt.load_state_dict(state[name])
+        return state["step"]
+
+    def save():
+        run.save({"step": step, "model": model.state_dict(),
+                  **{name: opt.state_dict() for name, opt in opts.items()}})
+
+    step = restore(run.load(args.checkpoint, free=INFERENCE_FLAGS)) if args.resume else 0
+    save()
+    model.train()
+    worst = torch.zeros((), device=run.device)
+    while step < total:
+        epoch = step // per_epoch
+        phase = "warmup" if epoch < args.warmup else "ebm" if args.staged else "full"
+        for name, opt in opts.items():
+            lr = getattr(args, f"lr_{name}") * args.gamma**epoch
+            opt.param_groups[0]["lr"] = lr * (0.5**run.rollbacks if name == "ebm" else 1)
+        order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
+        for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
+                              run.rank, run.world):
+            metrics = train_step(model, x, opts, args, phase)
+            step += 1
+            seen = torch.stack([metrics.get("gap", worst * 0).abs().float(),
+                                *[0 * v.abs().float() for k, v in metrics.items() if k != "gap"]])
+            worst = torch.maximum(worst, seen.sum())                        # 0 * inf is nan
+            due, shown = run.checkpoint_due(), step % args.log_every == 0 or step == total
+            if (due or shown) and diverged(worst, args, run):
+                step = restore(run.rollback(f"f(X) - f(X_rev) or a loss diverged by step {step}"))
+                worst = torch.zeros_like(worst)
+                break                                                       # order from its epoch
+            if shown:
+                run.log(stage=phase, step=step, epoch=epoch, split="train", **metrics)
+                run.progress(phase, epoch, args.epochs, step, total, args.batch_size, **metrics)
+            if due:
+                save()
+            if run.stop_requested:
+                run.stop()
+            if step == total:
+                break
+    save()
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
+    """Every figure twice: revised by the EBM, and with _initial of the generator alone; _noise:
+    chains from noise. Coherence, Fréchet distances, latents' classes, chain diagnostics."""
+    torch.manual_seed(args.seed)
+    model.requires_grad_(False).eval()
+    device, k = run.device, args.x_steps_test
+    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+    metrics = dict(real.metrics)
+
+    def joint(init, n_steps):
+        return lambda b: model.to_data(sample_joint(model, b, init, n_steps, args, device))
+
+    def given(n_steps):
+        def generate(x, targets):
+            made = sample_given(model, model.to_state(x), n_steps, args)
+            return {m: v for m, v in model.to_data(made).items() if m in targets}
+        return generate
+
+    for suffix, init, n_steps in (("", "generator", k), ("_initial", "generator", 0),
+                                  ("_noise", "noise", k)):
+        found = common.coherence_joint(joint(init, n_steps), judges, args.n_eval, args.eval_batch,
+                                       real)
+        if init == "generator":
+            found |= common.coherence_cross(given(n_steps), test, judges, args.eval_batch, real)
+        metrics |= {key + suffix: value for key, value in found.items()}
+    metrics |= latent_metrics(model, train_set, test, args, device)
+    metrics |= diagnose_chains(model, args, run)
+    images = [m for m in test.modalities if test.kinds[m] == "image"]
+    torch.manual_seed(args.seed)
+    rows = {f"{m}, initial": v for m, v in joint("generator", 0)(16).items() if m in images}
+    torch.manual_seed(args.seed)
+    rows |= {f"{m}, revised": v for m, v in joint("generator", k)(16).items() if m in images}
+    common.save_joint_grid(run.dir / "samples.png", rows)
+    shown = test.take(slice(8), device, images)
+    cross = {}
+    for m in shown:
+        made = given(k)({m: repeat(shown[m], "r ... -> (r k) ...", k=4)}, images)
+        cross[m] = {t: rearrange(v, "(r k) ... -> r k ...", k=4) for t, v in made.items()}
+    common.save_cross_grid(run.dir / "cross.png", shown, cross)
+    return metrics
+
+
+def linear_accuracy(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
+    """Test accuracy of a logistic regression on latents [n d], by L-BFGS on the training ones."""
+    mean, std = z.mean(0), z.std(0) + 1e-6
+    w = torch.zeros(z.shape[1] + 1, int(y.max()) + 1, device=z.device, requires_grad=True)
+    opt = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def logits(z):
+        return F.pad((z - mean) / std, (0, 1), value=1.0) @ w
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(logits(z), y) + 1e-4 * w.square().sum()
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return (logits(z_test).argmax(1) == y_test).float().mean().item()
+
+
+def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, float]:
+    """Reconstruction and linear classification from q-samples, and from latents that z_steps under
+    the whole posterior revised; up to 2,000 items each."""
+    parts, metrics = {}, {}
+    for split, dataset in (("train", train_set), ("test", test)):
+        dataset = dataset.head(2000)
+        zs = []
+        for x in data.batches(dataset, args.eval_batch, device=device):
+            state = model.to_state(x)
+            z = sample_q(model, state)
+            zs.append(torch.stack([z, revise_z(model, z, state, args.z_steps, args)]))
+            if split == "test":
+                for key, row in zip(("q", "revised"), zs[-1]):
+                    error = log_lik(state, model.generate(row), args.sigma, args.decoder_dist)
+                    metrics.setdefault(f"recon_nats_{key}", []).append(-error)
+        parts[split] = torch.cat(zs, 1), dataset.y
+    metrics = {key: torch.cat(v).mean().item() for key, v in metrics.items()}
+    if test.y is not None:
+        (z, y), (z_test, y_test) = parts["train"], parts["test"]
+        for i, key in enumerate(("q", "revised")):
+            metrics[f"latent_accuracy_{key}"] = linear_accuracy(
+                z[i], y.to(device), z_test[i], y_test.to(device))
+    return metrics
+
+
+def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
+    """The x chain, 4 from each of 8 latents, 4 times the usual length: energy, displacement, ESS."""
+    z = repeat(torch.randn(8, model.z_dim, device=run.device), "b d -> (b c) d", c=4)
+    n, trace, start = max(args.x_steps_test, 4), [], model.generate(z)
+    end = revise_x(model.ebm, start, n, args)
+    move = {m: (end[m] - v).square().mean().sqrt().item() for m, v in start.items()}
+    metrics = {f"displacement_{m}": v for m, v in move.items()}
+    metrics["energy_initial"] = -model.ebm(start).mean().item()
+    metrics["energy_revised"] = -model.ebm(end).mean().item()
+    revise_x(model.ebm, start, 4 * n, args, trace=trace)
+    flat = torch.stack(trace)                                               # [n b f]
+    sizes = [v[0].numel() for v in start.values()]
+    energy = torch.stack([-model.ebm({m: part.reshape(v.shape) for (m, v), part in
+                                      zip(start.items(), row.split(sizes, 1))}) for row in flat])
+    chosen = torch.linspace(0, sum(sizes) - 1, 64).long().to(flat.device)
+    chains = rearrange(flat[:, :, chosen].cpu(), "n (b c) d -> n c (b d)", c=4)
+    return metrics | common.chain_report(chains, run.dir / "diagnostics.png", 1.0, energy.cpu())
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+def ablation(argv: list[str], args) -> dict[str, float]:
+    """Every variant of ABLATION with the other flags as given: a table, and ablation.json."""
+    rest = [a for a in argv if a != "--ablation"]
+    keys = ["coherence_joint", "coherence_joint_initial", "coherence_joint_noise",
+            "coherence_cross_1", "coherence_cross_1_initial"]
+    table, metrics = {}, {}
+    for name, flags in ABLATION.items():
+        out = Path(args.out_dir) / "ablation" / name.replace(" ", "_")
+        found = main([*rest, *flags, "--out_dir", str(out)])
+        table[name] = {key: found[key] for key in keys if key in found}
+    print(f"{'variant':18s}" + "".join(f"{key[10:]:>17s}" for key in keys))
+    for name, row in table.items():
+        print(f"{name:18s}" + "".join(f"{row.get(key, math.nan):17.3f}" for key in keys))
+        metrics |= {f"{name}: {key}": value for key, value in row.items()}
+    path = Path(args.out_dir) / "ablation" / "ablation.json"
+    path.write_text(json.dumps(table, indent=1))
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate; returns the metrics of result.json."""
+    args = parse_args(argv)
+    if args.ablation:
+        return ablation(common.sys.argv[1:] if argv is None else argv, args)
+    with common.open_run(args, __file__, argv) as run:
+        common.seed_everything(args.seed)
+        sizes = {"train": args.n_train, "test": args.n_test}
+        sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
+                                 n_modalities=args.n_modalities).to(run.device)
+                for split, n in sizes.items()}
+        shapes = {}
+        for m, shape in sets["train"].shapes.items():                       # text: (l, words)
+            words = max(int(s.x[m].max()) for s in sets.values()) + 1
+            shapes[m] = (*shape, words) if sets["train"].kinds[m] == "text" else shape
+        try:
+            model = Revision(shapes, args).to(run.device)
+        except ValueError as error:
+            raise common.RunError(error) from None
+        run.start(model)
+        if args.eval_only:
+            model.load_state_dict(run.load(args.checkpoint, free=INFERENCE_FLAGS)["model"])
+        else:
+            train(model, sets["train"], args, run)
+        test = sets["test"].head(args.n_eval)
+        metrics = evaluate(model, sets["train"], test, args, run)
+        return run.finish(metrics, sets["train"].note, len(test))
+
+
+if __name__ == "__main__":
+    common.cli(main)

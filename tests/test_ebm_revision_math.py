@@ -1,0 +1,233 @@
+"""ebm_revision.py against closed forms: both chains, the losses' gradients, clamping, fusion."""
+import argparse
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import ebm_revision as er
+
+IMAGES = {"a": (1, 28, 28), "b": (3, 32, 32)}
+TEXT = {"image": (3, 64, 64), "caption": (6, 9)}
+
+
+def flags(*more):
+    return er.parse_args(["--width", "4", "--z_dim", "3", *more])
+
+
+class Linear(nn.Module):
+    """x = A z as an 'image' of shape (n, 1, 1)."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(a)
+
+    def forward(self, z):
+        return (z @ self.a.T)[..., None, None]
+
+
+def toy(a_1, a_2, args):
+    model = er.Revision({}, args)
+    model.decoders = nn.ModuleDict({"a": Linear(a_1), "b": Linear(a_2)})
+    return model
+
+
+# ---- Chains --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("observed", [("a", "b"), ("a",)])
+def test_z_chain_has_the_posterior_of_a_linear_gaussian_model(observed):
+    args = flags("--z_dim", "2", "--sigma", "0.7", "--z_step_size", "0.15", "--z_noise", "0.15")
+    a = {"a": torch.tensor([[1.0, 0.5], [0.2, -0.6]]), "b": torch.tensor([[0.3, 1.1]])}
+    model = toy(a["a"], a["b"], args)
+    x = {"a": torch.tensor([0.8, -0.3]), "b": torch.tensor([1.2])}
+    x = {m: x[m] for m in observed}
+    precision = torch.eye(2) + sum(a[m].T @ a[m] for m in x) / 0.7**2
+    mean = torch.linalg.solve(precision, sum(a[m].T @ x[m] for m in x) / 0.7**2)
+    n = 40_000
+    state = {m: v.expand(n, -1)[..., None, None] for m, v in x.items()}
+    z = er.revise_z(model, torch.randn(n, 2), state, 300, args)
+    assert torch.allclose(z.mean(0), mean, atol=0.02)
+    # ULA: the covariance is (P - s^2 P^2 / 4)^-1
+    cov = torch.linalg.inv(precision - 0.15**2 / 4 * precision @ precision)
+    assert torch.allclose(z.T.cov(), cov, atol=0.02)
+
+
+@pytest.mark.parametrize("s, n", [(0.4, 0.4), (0.4, 0.1)])
+def test_x_chain_has_the_tempered_law(s, n):
+    args = flags("--x_step_size", str(s), "--x_noise", str(n))
+    precision = torch.tensor([[2.0, 0.6], [0.6, 1.0]])
+
+    class Quadratic(nn.Module):
+        def forward(self, state):
+            x = torch.cat([state["a"], state["b"]], 1)
+            return -0.5 * (x @ precision * x).sum(1)
+    start = {m: torch.randn(40_000, 1) for m in "ab"}
+    x = er.revise_x(Quadratic(), start, 150, args)
+    cov = torch.cat([x["a"], x["b"]], 1).T.cov()
+    exact = (n / s)**2 * torch.linalg.inv(precision - s**2 / 4 * precision @ precision)
+    assert torch.allclose(cov, exact, rtol=0.05, atol=0.02 * (n / s)**2)
+
+
+@pytest.mark.parametrize("shapes", [IMAGES, TEXT])
+def test_observed_modalities_stay_bit_for_bit_and_others_move(shapes):
+    args = flags("--x_steps_test", "3")
+    model = er.Revision(shapes, args).eval()
+    full = model.to_state(model.to_data(model.generate(torch.randn(5, 3))))
+    for m in shapes:
+        out = er.sample_given(model, {m: full[m]}, 3, args)
+        start = er.sample_given(model, {m: full[m]}, 0, args)
+        assert torch.equal(out[m], full[m]) and list(out) == list(shapes)
+        for other in shapes.keys() - {m}:
+            assert out[other].shape == full[other].shape
+            assert not torch.equal(out[other], start[other])
+
+
+def test_no_gradient_from_chains_and_modes_restored():
+    args = flags()
+    model = er.Revision(IMAGES, args).train()
+    state = model.generate(torch.randn(4, 3))
+    x = er.revise_x(model.ebm, state, 2, args)
+    z = er.revise_z(model, er.sample_q(model, x), x, 2, args)
+    assert not z.requires_grad and not any(v.requires_grad for v in x.values())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.ebm.training and model.decoders.training
+
+
+def test_spectral_norm_stands_still_inside_a_chain_and_moves_in_training():
+    args = flags()
+    model = er.Revision(IMAGES, args).train()
+    state = {m: v.detach() for m, v in model.generate(torch.randn(4, 3)).items()}
+    before = [b.clone() for b in model.ebm.buffers()]
+    er.revise_x(model.ebm, state, 3, args)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.ebm.buffers()))
+    model.ebm(state)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.ebm.buffers()))
+
+
+def test_a_chain_does_not_depend_on_who_shares_the_batch():
+    args = flags("--x_noise", "0")
+    model = er.Revision(IMAGES, args).eval()
+    state = {m: v.detach() for m, v in model.generate(torch.randn(6, 3)).items()}
+    whole = er.revise_x(model.ebm, state, 3, args)
+    part = er.revise_x(model.ebm, {m: v[:2] for m, v in state.items()}, 3, args)
+    assert all(torch.allclose(whole[m][:2], part[m], atol=1e-5) for m in state)
+
+
+# ---- Densities and losses ------------------------------------------------------------------------
+def test_log_densities():
+    z, mu, lv = torch.randn(3, 5, 4)
+    exact = torch.distributions.Normal(mu, (lv / 2).exp()).log_prob(z).sum(1)
+    assert torch.allclose(er.log_normal(z, mu, lv), exact, atol=1e-5)
+    x, g = {"a": torch.randn(5, 2, 3, 3)}, {"a": torch.randn(5, 2, 3, 3)}
+    y, h = x["a"].flatten(1), g["a"].flatten(1)
+    exact = torch.distributions.Normal(h, 0.3).log_prob(y).sum(1)
+    exact = exact + 18 * (math.log(0.3) + 0.5 * math.log(2 * math.pi))
+    assert torch.allclose(er.log_lik(x, g, 0.3, "normal"), exact, rtol=1e-4)
+    exact = torch.distributions.Laplace(h, 0.3).log_prob(y).sum(1) + 18 * math.log(0.6)
+    assert torch.allclose(er.log_lik(x, g, 0.3, "laplace"), exact, rtol=1e-4)
+    tokens, logits = torch.randint(7, (5, 4)), torch.randn(5, 4, 7)
+    hard = {"t": 50.0 * torch.nn.functional.one_hot(tokens, 7)}
+    exact = torch.distributions.Categorical(logits=logits).log_prob(tokens).sum(1)
+    assert torch.allclose(er.log_lik(hard, {"t": logits}, 0.3, "normal"), exact, atol=1e-4)
+
+
+def test_nll_of_the_mixture_is_exact_and_below_the_bound():
+    experts = [(torch.randn(5, 3), torch.randn(5, 3)) for _ in range(3)]
+    z, rows = torch.randn(5, 3), torch.randn(3, 5, 3)
+    p = torch.stack([er.log_normal(z, *e).exp() for e in experts])
+    assert torch.allclose(er.nll_q(z, experts, "mixture"), -p.mean(0).log(), atol=1e-4)
+    assert torch.allclose(er.nll_q(z, experts, "per_expert"), -p.log().mean(0), atol=1e-4)
+    own = -torch.stack([er.log_normal(rows[m], *experts[m]) for m in range(3)]).mean(0)
+    assert torch.allclose(er.nll_q(rows, experts, "per_expert"), own, atol=1e-4)
+    mixture = torch.stack([er.nll_q(row, experts, "mixture") for row in rows]).mean(0)
+    assert torch.allclose(er.nll_q(rows, experts, "mixture"), mixture, atol=1e-4)
+    assert (mixture <= own + math.log(3) + 1e-5).all()
+
+
+def test_gradients_of_the_three_losses():
+    args = flags("--z_dim", "2", "--sigma", "0.5", "--l_rec", "2", "--l_syn", "3", "--l_inf", "0.5")
+    model = toy(torch.randn(2, 2), torch.randn(1, 2), args)
+    state = {"a": torch.randn(8, 2, 1, 1), "b": torch.randn(8, 1, 1, 1)}
+    x_rev = {m: torch.randn_like(v) for m, v in state.items()}
+    z, z_rev = torch.randn(2, 8, 2)
+    er.loss_generator(model, state, z_rev, z, x_rev, args).backward()
+    for m, net in model.decoders.items():                   # d/dA of |x - A z|^2 / (2 sigma^2)
+        grads = [(z @ net.a.T - x[m].flatten(1)).T @ z / 8 / 0.25
+                 for x, z in ((state, z_rev), (x_rev, z))]
+        assert torch.allclose(net.a.grad, 2 * grads[0] + 3 * grads[1], atol=1e-4)
+    mu = {m: nn.Parameter(torch.randn(2)) for m in state}
+
+    class Expert(nn.Module):
+        def __init__(self, mu):
+            super().__init__()
+            self.mu = mu
+
+        def forward(self, x):
+            return self.mu.expand(len(x), 2), torch.zeros(len(x), 2)
+    model.encoders = nn.ModuleDict({m: Expert(v) for m, v in mu.items()})
+    er.loss_inference(model, state, z_rev, z, x_rev, args).backward()
+    for v in mu.values():                                   # mean over two experts: the factor 1/2
+        exact = 0.5 * ((v - z_rev).mean(0) + 0.5 * (v - z).mean(0))
+        assert torch.allclose(v.grad, exact, atol=1e-5)
+    w = nn.Parameter(torch.zeros(()))
+
+    def ebm(s):
+        return w * s["a"].flatten(1).sum(1)
+    loss, gap = er.loss_energy(ebm, state, x_rev)
+    loss.backward()
+    exact = -(state["a"].flatten(1).sum(1).mean() - x_rev["a"].flatten(1).sum(1).mean())
+    assert torch.allclose(w.grad, exact) and gap == -loss.detach()
+
+
+def test_energy_step_raises_f_on_data_against_revised():
+    args = flags("--lr_ebm", "1e-2")
+    torch.manual_seed(0)
+    model = er.Revision(IMAGES, args)
+    data, rev = ({m: torch.full((8, *s), v) for m, s in IMAGES.items()} for v in (0.5, -0.5))
+    opt, gaps = torch.optim.Adam(model.ebm.parameters(), 1e-2), []
+    for _ in range(10):
+        loss, gap = er.loss_energy(model.ebm, data, rev)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        gaps.append(gap.item())
+    assert gaps[-1] > gaps[0]
+
+
+@pytest.mark.parametrize("fusion", ["late", "early", "additive"])
+def test_interaction_contrast_vanishes_only_for_the_additive_energy(fusion):
+    shapes = {"a": (1, 28, 28), "b": (1, 28, 28)}
+    f = er.Energy(shapes, 8, fusion).eval().double()
+    a, a2, b, b2 = torch.randn(4, 16, 1, 28, 28).double()
+    contrast = sum(s * f({"a": u, "b": v}) for s, u, v in
+                   ((1, a, b), (-1, a2, b), (-1, a, b2), (1, a2, b2)))
+    if fusion == "additive":
+        assert contrast.abs().max() < 1e-10
+    else:
+        assert contrast.abs().max() > 1e-8
+
+
+def test_text_state_round_trip_and_smoothing():
+    model = er.Revision(TEXT, flags())
+    tokens = torch.randint(9, (4, 6))
+    state = model.to_state({"caption": tokens})["caption"]
+    assert torch.equal(model.to_data({"caption": state})["caption"], tokens)
+    assert torch.allclose(state.softmax(-1).amax(-1), torch.tensor(0.95 + 0.05 / 9))
+
+
+@pytest.mark.parametrize("more", [["--moe", "stratified"], ["--nll", "mixture"], ["--rerun_chain"],
+                                  ["--x_init", "noise", "--z_init", "noise"],
+                                  ["--moe", "stratified", "--nll", "mixture"],
+                                  ["--fusion", "additive", "--decoder_dist", "laplace"]])
+@pytest.mark.parametrize("shapes", [IMAGES, TEXT], ids=["images", "text"])
+def test_every_option_trains_every_net(more, shapes):
+    args = flags("--x_steps", "2", "--z_steps", "2", *more)
+    model = er.Revision(shapes, args)
+    before = [p.clone() for p in model.parameters()]
+    x = {m: torch.rand(4, *s) if len(s) == 3 else torch.randint(s[1], (4, s[0]))
+         for m, s in shapes.items()}
+    metrics = er.train_step(model, x, er.make_optimizers(model, args, 1), args)
+    assert set(metrics) == {"loss_gen", "loss_enc", "loss_ebm", "gap"}
+    assert all(v.isfinite() for v in metrics.values())
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
+    assert sum(changed) > 0.9 * len(changed)
