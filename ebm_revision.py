@@ -24,7 +24,7 @@ it is close to ascent on f, its short run is part of the model. Steps on f / T w
 chain with n = s; the EBM's gradient carries no 1/T, which Adam would cancel.
 
 Usage
-  python ebm_revision.py                                 synthetic digits, minutes on two CPU cores
+  python ebm_revision.py                                 synthetic digits, small nets, CPU
   python ebm_revision.py --dataset polymnist --data_dir DIR
   python ebm_revision.py --ablation --epochs 2           a table of variants; results: README.md
 
@@ -54,8 +54,8 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, warmup=0, lr_ebm=1e-4,
-            lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)
+FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, z_steps=10, warmup=0, lr_ebm=1e-4,
+            lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)                    # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.run_parser("ebm_revision.py", __doc__, "synth_mnist_svhn", [*PRESETS, "paired"])
     flag = p.add_argument_group("model").add_argument
     flag("--z_dim", type=number(int, 1), default=16)
-    flag("--width", type=number(int, 4), default=16, help="channels of the first convolution")
+    flag("--width", type=number(int, 4), default=8, help="channels of the first convolution")
     flag("--fusion", default="late", choices=["late", "early", "additive"], help="of the energy")
     flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
     flag("--sigma", type=number(float, 0, open_low=True), default=0.3, help="scale of p(x|z)")
@@ -103,11 +103,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
     flag("--z_init", default="q", choices=["q", "noise"])
-    flag("--x_steps", type=number(int, 0), default=15, help="k_x")
+    flag("--x_steps", type=number(int, 0), default=10, help="k_x")
     flag("--x_steps_test", type=number(int, 0), default=30)
     flag("--x_step_size", type=number(float, 0, open_low=True), default=0.5)
     flag("--x_noise", type=number(float, 0), default=1e-3, help="temperature (x_noise / step)^2")
-    flag("--z_steps", type=number(int, 0), default=10, help="k_z")
+    flag("--z_steps", type=number(int, 0), default=5, help="k_z")
     flag("--cond_z_steps", type=number(int, 0), default=10, help="given some modalities")
     flag("--z_step_size", type=number(float, 0, open_low=True), default=0.1)
     flag("--z_noise", type=number(float, 0), default=0.1)
@@ -185,7 +185,7 @@ class Energy(nn.Module):
         super().__init__()
         self.fusion, self.trunks = fusion, nn.ModuleDict()
         if fusion == "early":
-            if len({s[1:] for s in shapes.values()}) > 1 or any(len(s) < 3 for s in shapes.values()):
+            if len({s[1:] for s in shapes.values()}) > 1 or len(next(iter(shapes.values()))) < 3:
                 raise ValueError("--fusion early needs images of one size in every modality")
             first = next(iter(shapes.values()))
             shapes = {"all": (sum(s[0] for s in shapes.values()), *first[1:])}
@@ -197,8 +197,9 @@ class Energy(nn.Module):
         self.head = nn.Identity() if fusion == "additive" else nn.Sequential(
             nn.LeakyReLU(0.2), nn.Linear(n, 256), nn.LeakyReLU(0.2), nn.Linear(256, 128),
             nn.LeakyReLU(0.2), nn.Linear(128, 1))
-        for layer in [a for a in self.modules() if isinstance(a, (nn.Linear, nn.Conv2d, nn.Conv1d))]:
-            spectral_norm(layer)
+        for layer in list(self.modules()):
+            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv1d)):
+                spectral_norm(layer)
 
     def forward(self, state: dict[str, Tensor]) -> Tensor:
         if self.fusion == "early":
@@ -327,7 +328,7 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, noise_std: flo
 
 
 class frozen:
-    """Parameters of a net without gradient, eval mode and weights normalised once; then restored."""
+    """Parameters of a net without gradient, eval mode, weights normalised once."""
 
     def __init__(self, net: nn.Module):
         self.net, self.cached = net, parametrize.cached()
@@ -400,13 +401,13 @@ def sample_joint(model: Revision, b: int, init: str, n_steps: int, args, device)
 @torch.no_grad()
 def sample_given(model: Revision, state: dict[str, Tensor], n_steps: int, args) -> dict:
     """All modalities given those in state, which stay bit for bit: z from a random expert, z steps
-    with the observed likelihood, the generator's rest, revised n_steps with the observed clamped."""
+    with the observed likelihood, the generator's rest, n_steps of revision."""
     z = revise_z(model, sample_q(model, state), state, args.cond_z_steps, args)
     return revise_x(model.ebm, model.generate(z) | state, n_steps, args, tuple(state))
 
 
 # ---- Training ------------------------------------------------------------------------------------
-def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase: str = "full") -> dict:
+def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="full") -> dict:
     """Steps 1 to 5 of the docstring on a batch. phase: full; warmup without EBM; ebm alone."""
     state = model.to_state(x)
     first = next(iter(state.values()))
@@ -605,7 +606,7 @@ def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, 
 
 
 def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
-    """The x chain, 4 from each of 8 latents, 4 times the usual length: energy, displacement, ESS."""
+    """The x chain, 4 from each of 8 latents: energy, displacement; 4 times longer: ESS."""
     z = repeat(torch.randn(8, model.z_dim, device=run.device), "b d -> (b c) d", c=4)
     n, trace, start = max(args.x_steps_test, 4), [], model.generate(z)
     end = revise_x(model.ebm, start, n, args)

@@ -1,0 +1,169 @@
+"""ebm_revision.py end to end: files, resume, rollback, ranks, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import ebm_revision
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--z_dim", "3", "--width", "4", "--x_steps", "2", "--x_steps_test", "4", "--z_steps", "2",
+        "--cond_z_steps", "2", "--batch_size", "64", "--epochs", "4", "--warmup", "1",
+        "--log_every", "1", "--eval_batch", "64"]
+
+
+@pytest.fixture
+def paired(tmp_path, monkeypatch):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+    monkeypatch.setattr(common, "load_inception", lambda *_: None)
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 200), ("test", 30)):
+        shade = rng.integers(0, 255, (n, 1, 1, 1))
+        a, b = (np.broadcast_to(v, (n, 16, 16, c)).astype("u1") for v, c in
+                ((shade, 1), (255 - shade, 3)))
+        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
+    return tmp_path
+
+
+def flags(folder, *more):
+    return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
+            *TINY, *more]
+
+
+def start(arguments, before=()):
+    return subprocess.Popen([sys.executable, *before, "ebm_revision.py", *arguments], cwd=ROOT,
+                            env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def lines(run_dir):
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
+
+
+def wait_for(process, path, text, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{text} did not come")
+
+
+def test_a_run_leaves_all_files_and_eval_only_repeats_it(paired):
+    metrics = ebm_revision.main(flags(paired))
+    run_dir = paired / "runs/ebm_revision/paired/0"
+    for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
+                 "cross.png", "curves.png", "diagnostics.png", "result.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert {row["stage"] for row in lines(run_dir)} == {"warmup", "full"}
+    assert {"displacement_a", "energy_initial", "energy_revised", "ess_per_step",
+            "recon_nats_q", "recon_nats_revised"} <= set(metrics)
+    again = ebm_revision.main(flags(paired, "--eval_only"))
+    assert again == pytest.approx(metrics, nan_ok=True)
+
+
+def test_labelled_run_has_every_figure_twice(paired, monkeypatch):
+    def judges(train, test, *_):
+        torch.manual_seed(0)
+        made = {m: common.Judge(s, 10).eval() for m, s in train.shapes.items()}
+        for judge in made.values():
+            judge.accuracy = 0.1
+        return made
+    monkeypatch.setattr(common, "load_judges", judges)
+    metrics = ebm_revision.main(["--data_dir", str(paired), "--out_dir", str(paired / "runs"),
+                                 "--n_train", "80", "--n_test", "24", "--n_eval", "24", *TINY])
+    assert {"coherence_joint", "coherence_joint_initial", "coherence_joint_noise",
+            "coherence_cross_1", "coherence_cross_1_initial", "latent_accuracy_q",
+            "latent_accuracy_revised", "frechet_clf_svhn_initial"} <= set(metrics)
+
+
+def test_text_and_images_end_to_end(paired, monkeypatch):
+    def load(name, split, *_, **__):
+        n = 130 if split == "train" else 16
+        x = {"image": torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8),
+             "caption": torch.randint(11, (n, 32))}
+        return data.Dataset(x, None, {"image": "image", "caption": "text"}, name, split)
+    monkeypatch.setattr(data, "load", load)
+    ebm_revision.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *TINY,
+                       "--n_eval", "16"])
+    assert (paired / "runs/ebm_revision/cub/0/result.json").exists()
+
+
+def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
+    run_dir = paired / "runs/ebm_revision/paired/0"
+    process = start(flags(paired, "--ckpt_minutes", "0"))
+    for stage, step in (("warmup", 2), ("full", 5)):
+        wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = start(flags(paired, "--ckpt_minutes", "0", "--resume"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    whole = ebm_revision.main([*flags(paired), "--out_dir", str(paired / "whole")])
+    whole_dir = paired / "whole/ebm_revision/paired/0"
+    assert lines(run_dir) == lines(whole_dir)
+    result = json.loads((run_dir / "result.json").read_text())["metrics"]
+    assert {k: v for k, v in result.items() if v is not None} == \
+        {k: v for k, v in whole.items() if v == v}
+
+
+def test_divergence_rolls_back_halves_the_rate_and_stops_after_three(paired, monkeypatch):
+    plain, calls = ebm_revision.train_step, []
+
+    def step(model, x, opts, args, phase):
+        metrics = plain(model, x, opts, args, phase)
+        calls.append(opts["ebm"].param_groups[0]["lr"])
+        if len(calls) in broken:
+            metrics["gap"] = torch.tensor(float("nan"))
+        return metrics
+    monkeypatch.setattr(ebm_revision, "train_step", step)
+    broken = {5}
+    ebm_revision.main(flags(paired, "--gamma", "1"))
+    events = [row for row in lines(paired / "runs/ebm_revision/paired/0") if "event" in row]
+    assert len(events) == 1 and calls[-1] == calls[0] / 2
+    broken, calls[:] = set(range(1000)), []
+    with pytest.raises(FloatingPointError, match="3 rollbacks"):
+        ebm_revision.main(flags(paired, "--overwrite"))
+
+
+def test_two_processes(paired):
+    process = start(flags(paired), ["-m", "torch.distributed.run", "--standalone",
+                                    "--nproc_per_node", "2"])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert len(lines(paired / "runs/ebm_revision/paired/0")) == 8 + 4 * (200 * 9 // 10 // 64 - 2)
+
+
+def test_ablation_prints_every_variant(paired, capsys, monkeypatch):
+    monkeypatch.setattr(ebm_revision, "ABLATION", {k: ebm_revision.ABLATION[k] for k in
+                                                   ("both from noise", "staged", "k_x 0")})
+    ebm_revision.main(flags(paired, "--ablation", "--epochs", "2"))
+    out = capsys.readouterr().out
+    assert all(f"\n{name}" in out for name in ebm_revision.ABLATION)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sigma", "0"], "--sigma"), (["--x_steps", "-1"], "--x_steps"), (["--moe", "all"], "--moe"),
+    (["--lr_ebm", "nan"], "--lr_ebm"), (["--epoch", "3"], "--epoch"),
+    (["--width", "0"], "--width")])
+def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        ebm_revision.main([*arguments, "--out_dir", str(tmp_path)])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_early_fusion_needs_images_of_one_size(tmp_path):
+    with pytest.raises(common.RunError, match="--fusion early"):
+        ebm_revision.main(["--fusion", "early", "--n_train", "40", "--n_test", "8", "--data_dir",
+                           str(tmp_path), "--out_dir", str(tmp_path / "runs")])
