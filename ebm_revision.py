@@ -54,7 +54,8 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, z_steps=10, warmup=0, lr_ebm=1e-4,
+FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, z_steps=10, warmup=0,
+            lr_ebm=1e-4,
             lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)                    # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
