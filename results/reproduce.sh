@@ -27,6 +27,7 @@ jnf synth_mnist_svhn default 0
 joint_layer_ebm synth_svhn default 0
 sbm_vae synth_polymnist default 0
 latent_ebm_prior synth_polymnist default 0
+ebm_revision synth_mnist_svhn default 0
 jnf synth_polymnist three-modalities 0
 jnf shapes default 0
 jnf mnist_svhn 3000-steps 0 --max_steps 3000
