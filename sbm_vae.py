@@ -26,8 +26,8 @@ Usage
   python sbm_vae.py --eval_only --sampler pc --obs_noise clean                another sampler
 
 Deviations from the authors' public code (--preset paper undoes those marked *)
-  D1* latents standardised, net predicts v = alpha eps - sigma Z from alpha Z_t, loss on v, time
-      times 1000 in its embedding, EMA, beta 0.1 .. 20
+  D1* latents standardised, net predicts v = alpha eps - sigma Z from alpha Z_t, loss on v, t with
+      uniform atan(sigma/alpha), 1000 t in the embedding, EMA, beta(t) 0.1 .. 20
   D2* masked training and clean observed latents; official: observed z_o enter as (alpha+sigma) z_o
   D3* corrector steps of fixed size: no sample depends on its batch; official: batch-mean norms
   D4* the ODE sampler; predictor steps end at t_end (theirs overshoot), corrector at the new time
@@ -49,19 +49,21 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-POLY = dict(z_dim=64, ae_net="resnet", epochs_ae=200, epochs_score=500, batch_size=256, lr_ae=1e-3,
-            lr_score=5e-4, width=1024, vae_beta=[0.5], dim=64)
+POLY = dict(z_dim=64, ae_net="resnet", epochs_ae=200, epochs_score=500, batch_size=256,
+            batch_ae=256, lr_ae=1e-3, lr_score=5e-4, width=512, vae_beta=[0.5], dim=64)
 PRESETS = {                                                                # --preset ours
     "synth_polymnist": dict(n_modalities=4, n_eval=2000),
     "polymnist": POLY, "polymnist10": POLY | dict(dim=128), "synth_mnist_svhn": {}, "paired": {},
     "celebamask_hq": dict(POLY, z_dim=256, vae_beta=[0.1, 1.0, 0.1], lr_ae=2e-4, epochs_ae=300,
                           dim=256, dim_mults=[1, 2, 2, 2, 2], epochs_score=1000, lr_score=1e-4)}
 PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise="none",
-             ema=0.0, time_scale=1.0, cond_train="none", obs_noise="official", sampler="pc",
-             n_steps=100, corrector="official", beta_min=1.0, beta_max=5.0, schedule="plateau",
-             z_dim=64, dim=64, noise_negatives=True, lr_score=5e-4, lr_ae=1e-3, batch_size=256)
+             ema=0.0, time_scale=1.0, times="uniform", cond_train="none", obs_noise="official",
+             sampler="pc", n_steps=100, corrector="official", beta_min=1.0, beta_max=5.0,
+             schedule="plateau", z_dim=64, dim=64, noise_negatives=True, lr_score=5e-4,
+             vae_beta=[0.5], lr_ae=1e-3, batch_size=256, batch_ae=256)
 PAPER_CELEB = dict(z_dim=256, dim=256, lr_ae=2e-4, lr_score=5e-5, n_steps=1000, beta_min=0.1,
-                   beta_max=20.0, schedule="constant")
+                   beta_max=20.0, schedule="constant",
+                   vae_beta=[0.1, 1.0, 0.1])
 INFERENCE_FLAGS = ("sampler", "n_steps", "obs_noise", "corrector", "snr", "repaint", "jump",
                    "guide_weight", "guide_sweep", "curve", "n_curve")      # not for training
 
@@ -76,27 +78,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--ae_net", default="patch", choices=["patch", "resnet"], help="patch: fast on a CPU")
     flag("--z_dim", type=number(int, 1), default=32, help="d, of each modality")
     flag("--score_net", default="mlp", choices=["mlp", "unet"])
-    flag("--width", type=number(int, 8), default=512, help="of the MLP")
-    flag("--blocks", type=number(int, 1), default=3, help="of the MLP")
+    flag("--width", type=number(int, 8), default=192, help="of the MLP; its trunk has twice as much")
+    flag("--blocks", type=number(int, 1), default=2, help="layers of the MLP's trunk")
     flag("--dim", type=number(int, 8), default=64, help="of the UNet; 128 for 10 modalities")
     flag("--dim_mults", type=number(int, 1), nargs="+", default=[1, 2, 2, 2], help="of the UNet")
     flag("--parametrisation", default="v", choices=["v", "eps", "score"], help="the net's output")
     flag("--time_scale", type=number(float, 0, open_low=True), default=1000.0)
-    flag("--standardise", default="modality", choices=["none", "dim", "modality"],
+    flag("--standardise", default="dim", choices=["none", "dim", "modality"],
          help="latents to mean 0, and sd 1 in each dimension or in each modality's widest one")
+    flag("--times", default="angle", choices=["uniform", "angle"], help="t of training: uniform, "
+         "or atan(sigma/alpha) uniform")
     flag("--beta_min", type=number(float, 0, open_low=True), default=0.1)
     flag("--beta_max", type=number(float, 0, open_low=True), default=20.0)
     flag = p.add_argument_group("training").add_argument
-    flag("--epochs_ae", type=number(int, 0), default=10)
-    flag("--epochs_score", type=number(int, 0), default=50)
+    flag("--epochs_ae", type=number(int, 0), default=7)
+    flag("--epochs_score", type=number(int, 0), default=85)
     flag("--epochs_energy", type=number(int, 0), default=0, help="0: no guidance")
     flag("--batch_size", type=number(int, 1), default=128, help="over all processes")
+    flag("--batch_ae", type=number(int, 1), default=32, help="the autoencoders': many small steps")
     flag("--lr_ae", type=number(float, 0, open_low=True), default=2e-3)
     flag("--lr_score", type=number(float, 0, open_low=True), default=1e-3)
     flag("--lr_energy", type=number(float, 0, open_low=True), default=5e-4)
     flag("--schedule", default="cosine", choices=["constant", "plateau", "cosine"],
          help="of the learning rate; plateau is for the autoencoders only")
-    flag("--vae_beta", type=number(float, 0), nargs="+", default=[0.5], help="one, or one each")
+    flag("--vae_beta", type=number(float, 0), nargs="+", default=[0.05], help="one, or one each")
     flag("--rae_lambda", type=number(float, 0), nargs="+", default=[1e-5])
     flag("--rae_sigma", type=number(float, 0), nargs="+", default=[0.01], help="noise on codes")
     flag("--cond_train", default="masked", choices=["none", "masked"])
@@ -163,29 +168,27 @@ class RBlock(nn.Module):
 
 
 class Patches(nn.Module):
-    """g autoencoder bodies of 4 x 4 patches and dense layers: three matrix products each way."""
+    """g bodies of dense layers on 4 x 4 patches of an image: three matrix products each way."""
 
     def __init__(self, shape: tuple[int, ...], g: int, z_dim: int):
         super().__init__()
         c, h, w = shape
-        self.n_features, self.g, (self.c, self.h, self.w) = 256, g, (c, h // 4, w // 4)
-        size = self.h * self.w * 64
-        self.enc = nn.ModuleList([GroupedLinear(g, 16 * c, 64), GroupedLinear(g, size, 256)])
-        self.dec = nn.ModuleList([GroupedLinear(g, z_dim, 256), GroupedLinear(g, 256, size),
-                                  GroupedLinear(g, 64, 16 * c)])
+        self.n_features, self.shape, size = 256, shape, c * h * w // 16
+        self.enc = nn.ModuleList([GroupedLinear(g, size, 96), GroupedLinear(g, 16 * 96, 256)])
+        self.dec = nn.ModuleList([GroupedLinear(g, z_dim, 256), GroupedLinear(g, 256, 16 * 96),
+                                  GroupedLinear(g, 96, size)])
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:                # [b g c h w] -> [b g f]
-        b, n = len(x), self.h * self.w
-        x = rearrange(x, "b g c (h p) (w q) -> (b h w) g (c p q)", p=4, q=4)
-        h = rearrange(self.enc[0](x).relu(), "(b n) g f -> b g (n f)", b=b, n=n)
+        x = rearrange(x, "b g c (i h) (j w) -> (b i j) g (c h w)", i=4, j=4)
+        h = rearrange(self.enc[0](x).relu(), "(b n) g f -> b g (n f)", n=16)
         h = self.enc[1](h).relu()
         return h, h
 
     def decode(self, z: Tensor) -> Tensor:                                 # [b g d] -> [b g c h w]
         h = self.dec[1](self.dec[0](z).relu()).relu()
-        h = self.dec[2](rearrange(h, "b g (n f) -> (b n) g f", f=64))
-        return rearrange(h, "(b h w) g (c p q) -> b g c (h p) (w q)", h=self.h, w=self.w, p=4,
-                         q=4, c=self.c).sigmoid()
+        h = self.dec[2](rearrange(h, "b g (n f) -> (b n) g f", n=16))
+        return rearrange(h, "(b i j) g (c h w) -> b g c (i h) (j w)", i=4, j=4, c=self.shape[0],
+                         h=self.shape[1] // 4).sigmoid()
 
 
 RESNETS = {     # channels, side: (encoder blocks, decoder blocks) of (in, mid, out, factor)
@@ -288,33 +291,26 @@ def time_mlp(n_in: int, hidden: int) -> nn.Sequential:
 
 
 class MLP(nn.Module):
-    """Residual net on Z [b m d] with a time for each modality [b m]; starts at output zero.
-
-    Observed (time 0) and noised latents enter by weights of their own, and times scale each layer:
-    with shared weights the net would have to learn when to trust which, and hardly did.
-    """
+    """Z [b m d] and a time for each modality [b m] -> [b m d]: an extractor a modality, a trunk on
+    all their features, a head a modality that sees its own latent again. One dense net instead
+    needs many times the steps to find what the modalities share."""
 
     def __init__(self, m: int, args):
         super().__init__()
-        width, self.m, self.scale = args.width, m, args.time_scale
-        self.lift, self.time = nn.Linear(2 * m * args.z_dim, width), time_mlp(33 * m, 128)
-        self.film = nn.ModuleList(nn.Linear(128, 2 * width) for _ in range(args.blocks))
-        self.body = nn.ModuleList(nn.Sequential(
-            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width)) for _ in range(args.blocks))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, m * args.z_dim))
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        a, own, self.scale = args.width, args.z_dim + 33, args.time_scale
+        self.extract = nn.Sequential(GroupedLinear(m, own, a), nn.SiLU(), GroupedLinear(m, a, a),
+                                     nn.SiLU())
+        sizes = [m * (a + 33)] + [2 * a] * args.blocks
+        self.trunk = nn.Sequential(*[layer for n, k in zip(sizes, sizes[1:])
+                                     for layer in (nn.Linear(n, k), nn.SiLU())])
+        self.head = nn.Sequential(GroupedLinear(m, 2 * a + own, a), nn.SiLU(),
+                                  GroupedLinear(m, a, a), nn.SiLU(), GroupedLinear(m, a, args.z_dim))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        seen = (t == 0).to(z)
-        time = self.time(torch.cat([embed(self.scale * t, 32).flatten(1), seen], 1))
-        known = z * seen[..., None]
-        h = self.lift(torch.cat([known, z - known], 1).flatten(1))
-        for film, body in zip(self.film, self.body):
-            scale, shift = film(F.silu(time)).chunk(2, -1)
-            h = h + body(h * (1 + scale) + shift)
-        return rearrange(self.out(h), "b (m d) -> b m d", m=self.m)
+        time = torch.cat([(t == 0).to(z)[..., None], embed(self.scale * t, 32)], -1)
+        own = torch.cat([z, time], -1)
+        shared = self.trunk(torch.cat([self.extract(own), time], -1).flatten(1))
+        return self.head(torch.cat([repeat(shared, "b f -> b m f", m=z.shape[1]), own], -1))
 
 
 class ConvNeXt(nn.Module):
@@ -491,16 +487,26 @@ def random_observed(b: int, m: int, share: float, device) -> Tensor:
     return (rank < size) & (torch.rand(b, 1, device=device) < share) & (m > 1)
 
 
-def score_loss(score, z: Tensor, sde: VPSDE, masked_share: float = 0.0,
-               v_weight: bool = False) -> Tensor:
+def random_times(b: int, sde: VPSDE, kind: str, device) -> Tensor:
+    """t [b 1] in [1e-5, 1]: uniform, or with a uniform angle atan(sigma/alpha), so that the noise
+    levels at which modalities can learn from each other are not rare."""
+    u = torch.rand(b, 1, device=device)
+    if kind == "uniform":
+        return 1e-5 + (1 - 1e-5) * u
+    alpha, sigma = sde.alpha_sigma(torch.tensor([1e-5, 1.0], device=device))
+    first, last = torch.atan2(sigma, alpha)
+    return sde.time(-torch.lerp(first, last, u).tan().log())
+
+
+def score_loss(score, z: Tensor, sde: VPSDE, masked_share: float = 0.0, v_weight: bool = False,
+               times: str = "uniform") -> Tensor:
     """Mean of (sigma_t s(Z_t, t) + eps)^2 over missing entries, then over samples z [b m d].
 
     v_weight: over alpha_t^2, which makes it the squared error of v: much noise counts as well.
     """
     b, m, _ = z.shape
     seen = random_observed(b, m, masked_share, z.device)
-    t = 1e-5 + (1 - 1e-5) * torch.rand(b, 1, device=z.device)
-    t = torch.where(seen, 0.0, t)                                          # [b m]
+    t = torch.where(seen, 0.0, random_times(b, sde, times, z.device))      # [b m]
     alpha, sigma = (a[..., None] for a in sde.alpha_sigma(t))
     eps = torch.randn_like(z)
     error = (sigma * score(alpha * z + sigma * eps, t) + eps).square().mean(-1)
@@ -677,7 +683,8 @@ def _ode(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_end: float) -> Te
 # ---- Training ------------------------------------------------------------------------------------
 def stage_score(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     share = args.masked_share if args.cond_train == "masked" else 0.0
-    return {"loss": score_loss(model.score, x["z"], model.sde, share, model.output == "v")}
+    return {"loss": score_loss(model.score, x["z"], model.sde, share, model.output == "v",
+                               args.times)}
 
 
 def stage_energy(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
@@ -714,7 +721,8 @@ def train_stage(model: SBM, index: int, stage: tuple, sets: list[data.Dataset], 
     plateau = args.schedule == "plateau" and name == "ae"
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=5 if plateau else 10**9)
     train_set, val_set = sets
-    per_epoch = max(len(train_set) // args.batch_size, 1)
+    batch_size = args.batch_ae if name == "ae" else args.batch_size
+    per_epoch = max(len(train_set) // batch_size, 1)
     total, step, best = n_epochs * per_epoch, 0, {"loss": math.inf, "part": part.state_dict()}
     decay = args.ema if name == "score" else 0.0
     average = [p.detach().clone() for p in params] if decay else []
@@ -726,7 +734,7 @@ def train_stage(model: SBM, index: int, stage: tuple, sets: list[data.Dataset], 
     while step < total:
         epoch = step // per_epoch
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
-        for x in islice(data.batches(train_set, args.batch_size, order, run.device,
+        for x in islice(data.batches(train_set, batch_size, order, run.device,
                                      step % per_epoch, run.rank, run.world), total - step):
             if args.schedule == "cosine":
                 opt.param_groups[0]["lr"] = lr * (0.01 + 0.495 * (1 + math.cos(
@@ -738,7 +746,7 @@ def train_stage(model: SBM, index: int, stage: tuple, sets: list[data.Dataset], 
                                      1 - min(decay, (1 + step) / (10 + step)))
             if step % args.log_every == 0 or step == total:
                 run.log(stage=name, step=step, epoch=epoch, split="train", **metrics)
-                run.progress(name, epoch, n_epochs, step, total, args.batch_size, **metrics)
+                run.progress(name, epoch, n_epochs, step, total, batch_size, **metrics)
             if step % per_epoch == 0 or step == total:
                 part.eval()
                 val = common.mean_over(lambda x: loss_fn(model, x, args), data.batches(

@@ -120,6 +120,19 @@ def test_v_weighted_loss_is_the_squared_error_of_v():
     assert loss == pytest.approx((alpha**2 + sigma**2 * second).mean().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "angle"])
+def test_training_times_are_uniform_in_t_or_in_the_angle_of_noise_to_signal(kind):
+    torch.manual_seed(0)
+    sde = VPSDE(0.1, 20.0)
+    t = sbm_vae.random_times(20_000, sde, kind, "cpu")
+    assert t.shape == (20_000, 1) and t.min() > 0 and t.max() <= 1 + 1e-4
+    ends = torch.cat([t[:, 0].sort().values, torch.tensor([1e-5, 1.0])])
+    if kind == "angle":
+        ends = torch.atan2(*sde.alpha_sigma(ends)[::-1])
+    share = (ends[:-2] - ends[-2]) / (ends[-1] - ends[-2])
+    assert (share - torch.linspace(0, 1, 20_000)).abs().max() < 0.02       # Kolmogorov-Smirnov
+
+
 # ---- Samplers ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [
     dict(sampler="em", n_steps=300), dict(sampler="pc", n_steps=150), dict(sampler="ode"),
