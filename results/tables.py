@@ -81,11 +81,28 @@ def comparison(dataset: str) -> str:
     return "\n".join(rows)
 
 
+def benchmark() -> str:
+    """Speed, from what tests/benchmark.py --out results/benchmark/<machine>.json measured."""
+    rows = ["| machine | script | what | seconds | of floor | rival, seconds | times faster |",
+            "|" + "---|" * 7]
+    for path in sorted((ROOT / "results/benchmark").glob("*.json")):
+        found = json.loads(path.read_text())
+        for script, part in found.items():
+            for name, row in part.items() if isinstance(part, dict) else ():
+                floor = f"{row['of_floor']:.2f}" if row["of_floor"] else ""
+                cells = [path.stem, script, name, f"{row['seconds']:.3g}", floor]
+                if "rival_seconds" in row:
+                    times = row["rival_seconds"] / row["seconds"]
+                    cells += [f"{row['rival']}: {row['rival_seconds']:.3g}", f"{times:.1f}"]
+                rows.append("| " + " | ".join([*cells, *[""] * (7 - len(cells))]) + " |")
+    return "\n".join(rows)
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text()
     made = {name: table(*source) for name, source in TABLES.items()}
-    made["comparison"] = comparison("synth_mnist_svhn")
+    made |= {"comparison": comparison("synth_mnist_svhn"), "benchmark": benchmark()}
     for name, rows in made.items():
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         if start in text:

@@ -1,11 +1,12 @@
-"""Speed of every script, and of MultiVae 1.0.3 on the same nets, data and steps.
+"""Speed of every script, beside the formulation of the public codes on the same nets and data.
 
-    python tests/benchmark.py [--peer] [--compile] [--device cuda] [--out FILE]      (not a test)
+    python tests/benchmark.py [--only SCRIPT] [--peer] [--compile] [--device cuda] [--out FILE]
 
 Prints a row for each stage and sampler: rate, FLOP/s over the measured matmul rate of this machine
-("of floor": 1 would be a machine that does nothing but multiply matrices), peak memory. --peer
-needs `pip install multivae==1.0.3`; ours and theirs alternate, so that other load on the machine
-hits both, and the median of the repetitions counts.
+("of floor": 1 would be a machine that does nothing but multiply matrices), peak memory. A rival,
+where there is one, alternates with ours in the same process, so that other load on the machine
+hits both; the median of the repetitions counts. JNF's rival is MultiVae 1.0.3 (--peer, needs
+`pip install multivae==1.0.3`), the others' is the loop that the public codes use. Not a test.
 """
 import argparse
 import json
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common                                                                           # noqa: E402
 import data                                                                             # noqa: E402
+import ebm_revision                                                                     # noqa: E402
 import jnf                                                                              # noqa: E402
+import joint_layer_ebm                                                                  # noqa: E402
+import latent_ebm_prior                                                                 # noqa: E402
+import sbm_vae                                                                          # noqa: E402
 
 PAIR = {"mnist": (1, 28, 28), "svhn": (3, 32, 32)}
 TRIPLE = {m: (3, 28, 28) for m in ("m0", "m1", "m2")}
@@ -51,7 +57,7 @@ def random_set(shapes: dict, n: int, device: str) -> data.Dataset:
     return data.Dataset(x, torch.zeros(n, dtype=torch.long), kinds, "random", "train").to(device)
 
 
-# ---- Ours: each function returns {row: (work(), count, unit)} ------------------------------------
+# ---- Rows: {name: (work(), count, unit)}, or (.., rival's work(), rival's name) ------------------
 def jnf_training(args, device: str, steps: int) -> dict:
     model = jnf.JNF(PAIR, args).to(device, memory_format=torch.channels_last)
     dataset = random_set(PAIR, 128 * steps, device)
@@ -106,6 +112,128 @@ def our_ess(args, device: str) -> float:
     jnf.sample_posterior(model, x, longer, trace=trace)
     chains = torch.stack(trace).unflatten(1, (50, 4)).transpose(1, 2).flatten(2)        # [n c d]
     return common.ess(chains).mean().item() / (400 * 4) * args.hmc_steps
+
+
+def sbm_rows(args, device: str, steps: int) -> dict:
+    """Stage ae with its four autoencoders side by side against one after the other; stage score;
+    1,000 joint samples of each sampler, predictor-corrector with 200 calls as the authors'."""
+    shapes = {f"m{i}": (3, 28, 28) for i in range(4)}
+    model = sbm_vae.SBM(shapes, args).to(device)
+    apart = sbm_vae.SBM(shapes, args).to(device)
+    apart.banks = [[m] for m in shapes]
+    apart.autoencoders = torch.nn.ModuleList(
+        sbm_vae.Autoencoders(shape, 1, args) for shape in shapes.values()).to(device)
+    latents = data.Dataset({"z": torch.randn(args.batch_size * steps, 4, args.z_dim)}, None,
+                           {"z": "feature"}, "random", "train").to(device)
+    images = random_set(shapes, args.batch_ae * steps, device)
+
+    def stage(model, loss_fn, part, dataset, batch_size):
+        opt = torch.optim.Adam(part.parameters(), 1e-3, fused=True)
+
+        def work():
+            part.requires_grad_(True)
+            for x in data.batches(dataset, batch_size, torch.Generator().manual_seed(0), device):
+                sbm_vae.train_step(model, x, loss_fn, opt, args)
+        return work
+
+    def draw(**changes):
+        return lambda: sbm_vae.draw(model, 1000, {}, args, device, **changes)
+    ae = [stage(net, sbm_vae.ae_loss, net.autoencoders, images, args.batch_ae)
+          for net in (model, apart)]
+    score = stage(model, sbm_vae.stage_score, model.score_net, latents, args.batch_size)
+    return {"stage ae, 4 nets": (ae[0], steps, "steps/s", ae[1], "one after the other"),
+            "stage score, MLP": (score, steps, "steps/s"),
+            "ode, 25 calls, 1,000": (draw(), 1, "s"),
+            "ode, 50 calls, 1,000": (draw(n_steps=50), 1, "s",
+                                     draw(sampler="pc", n_steps=100), "pc, 200 calls")}
+
+
+def latent_rows(args, device: str, steps: int) -> dict:
+    """Steps of the default run on random images; prior chain 60 x 128 by the closed form against
+    two autograd.grad calls a step; posterior chain 20 x 64."""
+    model = latent_ebm_prior.MMVAEPlus(TRIPLE, args)
+    model.to(device, memory_format=torch.channels_last)
+    opts = latent_ebm_prior.make_optimisers(model, args, SimpleNamespace(world=1))
+    x = {m: torch.rand(args.batch_size, *s, device=device) for m, s in TRIPLE.items()}
+
+    def train(use_ebm):
+        return lambda: [latent_ebm_prior.train_step(model, x, opts, args, use_ebm)
+                        for _ in range(steps)]
+
+    def two_gradients():
+        z = latent_ebm_prior.start_prior(128, model, args, device)
+        for _ in range(60):
+            z = z.detach().requires_grad_(True)
+            (f,) = torch.autograd.grad(model.ebm(z).sum(), z)
+            (p,) = torch.autograd.grad(latent_ebm_prior.log_base(z, args).sum(), z)
+            z = z + 0.08 * (f + p) + 0.4 * torch.randn_like(z)
+    return {"VAE step": (train(False), steps, "steps/s"),
+            "VAE and EBM step": (train(True), steps, "steps/s"),
+            "prior chain 60 x 128": (
+                lambda: latent_ebm_prior.sample_prior(model, 128, args, device, 60), 60, "steps/s",
+                two_gradients, "two autograd.grad"),
+            "posterior chain 20 x 64": (
+                lambda: latent_ebm_prior.sample_posterior(model, x, args, 20, True), 20, "steps/s")}
+
+
+def layer_rows(args, device: str, steps: int, chains: int = 100, n: int = 40) -> dict:
+    """A step of each scheme; the prior chain on z against the authors' formulation (two
+    autograd.grad calls, parameters tracked, a host sync each step), on eps, the posterior chain."""
+    rows, shape = {}, (3, 32, 32)
+    for scheme, stage in (("variational", "joint"), ("mcmc", "joint"), ("two_stage", "energy")):
+        own = joint_layer_ebm.parse_args(["--scheme", scheme, "--epochs_backbone", "0"])
+        model = joint_layer_ebm.JointEBM(shape, own).to(device, memory_format=torch.channels_last)
+        opts = joint_layer_ebm.optimisers(model, own, SimpleNamespace(world=1))
+        x = torch.rand(own.batch_size, *shape, device=device)
+
+        def work(model=model, stage=stage, opts=opts, x=x, own=own):
+            for _ in range(steps):
+                joint_layer_ebm.train_step(model, x, stage, *opts, own)
+        rows[f"{scheme} step"] = (work, steps, "steps/s")
+    tracked, quiet = (joint_layer_ebm.JointEBM(shape, args).to(device) for _ in range(2))
+    quiet.requires_grad_(False)
+    on_z = argparse.Namespace(**vars(args) | {"space": "z"})
+    z, x = quiet.prior.sample(chains, device), torch.rand(chains, *shape, device=device)
+
+    def official():
+        z = tracked.prior.sample(chains, device)
+        for _ in range(n):
+            z = z.detach().requires_grad_(True)
+            f, p = tracked.energies(z).sum(), tracked.prior.log_prob(z).sum()
+            (g_f,), (g_p,) = torch.autograd.grad(f, z), torch.autograd.grad(p, z)
+            z = z + 0.5 * 0.1**2 * (g_f + g_p) + 0.1 * torch.randn_like(z)
+            f.item(), p.item()
+
+    def chain(args, n, **given):
+        return lambda: joint_layer_ebm.chain(quiet, z, n, 0.1, args, **given)
+    return rows | {"prior chain on z": (chain(on_z, n), n, "steps/s", official, "authors' form"),
+                   "prior chain on eps": (chain(args, n), n, "steps/s"),
+                   "posterior chain on eps": (chain(args, 5, x=x), 5, "steps/s")}
+
+
+def revision_rows(args, device: str, steps: int) -> dict:
+    """A whole training step; the z chain; the x chain against the ancestor's formulation: spectral
+    norm in training mode and parameters tracked in each step, a host sync each step."""
+    model = ebm_revision.Revision(PAIR, args).to(device)
+    opts = ebm_revision.make_optimizers(model, args, 1)
+    x = random_set(PAIR, args.batch_size, device).take(slice(args.batch_size))
+    state = model.to_state(x)
+    z = ebm_revision.sample_q(model, state)
+
+    def ancestor():
+        model.ebm.train().requires_grad_(True)
+        x = {m: v.clone().requires_grad_(True) for m, v in state.items()}
+        for _ in range(10):
+            f = model.ebm(x).sum()
+            grads = torch.autograd.grad(f, list(x.values()))
+            x = {m: (v + args.x_step_size**2 / 2 * g + args.x_noise * torch.randn_like(v)).detach()
+                 .requires_grad_(True) for (m, v), g in zip(x.items(), grads)}
+            f.item()
+    return {"training step": (lambda: [ebm_revision.train_step(model, x, opts, args)
+                                       for _ in range(steps)], steps, "steps/s"),
+            "x chain": (lambda: ebm_revision.revise_x(model.ebm, state, 10, args), 10, "steps/s",
+                        ancestor, "ancestor's form"),
+            "z chain": (lambda: ebm_revision.revise_z(model, z, state, 10, args), 10, "steps/s")}
 
 
 # ---- Theirs --------------------------------------------------------------------------------------
@@ -194,13 +322,59 @@ def peer_ess(args, device: str, n_steps: int = 200) -> float:
 
 # ---- Table ---------------------------------------------------------------------------------------
 def flops(work) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
+    """Of work(); 0 where the counter fails: it cannot follow autograd.grad to a module's input."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            work()
+    except RuntimeError:
+        return 0
     return counter.get_total_flops()
+
+
+def jnf_rows(a) -> dict:
+    """JNF's rows, with MultiVae as their rival if --peer."""
+    extra = ["--compile"] if a.compile else []
+    args, official = jnf.parse_args(extra), jnf.parse_args(["--sampler", "official", *extra])
+    rows = jnf_training(args, a.device, a.steps) | jnf_samplers(jnf.parse_args(extra), official,
+                                                                a.device)
+    peer = peer_rows(args, a.device, a.steps) if a.peer else {}
+    return {name: (*row, peer[name][0], "MultiVae") if name in peer else row
+            for name, row in rows.items()}
+
+
+def measure(name: str, row: tuple, rate: float, a) -> dict:
+    """One line of the table, and its numbers."""
+    work, count, unit, *rival = row
+    work()                                                # warm up, and compile
+    done = flops(work) if unit == "steps/s" and not a.compile else 0       # counting is slow
+    times, other = [], []
+    for _ in range(a.repeats):
+        times.append(clock(work, a.device))
+        if rival:
+            other.append(clock(rival[0], a.device))
+    mine = statistics.median(times)
+    found = {"seconds": mine, "count": count, "unit": unit, "of_floor": done / rate / mine}
+    text = f"{mine:8.2f} s" if unit == "s" else f"{count / mine:8.1f} {unit}"
+    line = f"{name:26s}{text:20s}" + (f" of floor {found['of_floor']:.2f}" if done else "")
+    if rival:
+        found |= {"rival": rival[1], "rival_seconds": statistics.median(other)}
+        line += f"   {rival[1]} {found['rival_seconds']:.2f} s against {mine:.2f} s: " \
+                f"{found['rival_seconds'] / mine:.1f} x"
+    print(line, flush=True)
+    return found
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    makers = {"jnf": jnf_rows,
+              "sbm_vae": lambda a: sbm_rows(sbm_vae.parse_args([]), a.device, a.steps),
+              "latent_ebm_prior": lambda a: latent_rows(latent_ebm_prior.parse_args(
+                  ["--compile"] if a.compile else []), a.device, a.steps),
+              "joint_layer_ebm": lambda a: layer_rows(joint_layer_ebm.parse_args([]), a.device,
+                                                      a.steps),
+              "ebm_revision": lambda a: revision_rows(ebm_revision.parse_args([]), a.device,
+                                                      a.steps)}
+    p.add_argument("--only", choices=list(makers))
     p.add_argument("--peer", action="store_true")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -208,38 +382,21 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--out")
     a = p.parse_args()
-    extra = ["--compile"] if a.compile else []
-    args, official = jnf.parse_args(extra), jnf.parse_args(["--sampler", "official", *extra])
-    ours = jnf_training(args, a.device, a.steps) | jnf_samplers(
-        jnf.parse_args(extra), official, a.device)
-    theirs = peer_rows(args, a.device, a.steps) if a.peer else {}
     rate = matmul_rate(a.device)
     print(f"{a.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
           f"fp32 matmul {rate / 1e9:.0f} GFLOP/s")
-    rows = {"matmul_flops": rate, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name, (work, count, unit) in ours.items():
-        work()                                            # warm up, and compile
-        done = flops(work) if unit == "steps/s" and not a.compile else 0  # counting is slow
-        times = {"ours": [], "peer": []}
-        for _ in range(a.repeats):
-            times["ours"].append(clock(work, a.device))
-            if name in theirs:
-                times["peer"].append(clock(theirs[name][0], a.device))
-        mine = statistics.median(times["ours"])
-        row = {"seconds": mine, "of_floor": done / rate / mine}
-        text = f"{mine:8.2f} s" if unit == "s" else f"{count / mine:8.1f} {unit}"
-        line = f"{name:26s}{text:20s}" + (f" of floor {row['of_floor']:.2f}" if done else "")
-        if times["peer"]:
-            row["peer_seconds"] = statistics.median(times["peer"])
-            line += f"   MultiVae {row['peer_seconds']:.2f} s against {mine:.2f} s: " \
-                    f"{row['peer_seconds'] / mine:.1f} x"
-        rows[name] = row
-        print(line, flush=True)
-    if a.peer:
-        per_s = [our_ess(jnf.parse_args(["--net", "conv"]), a.device)
-                 / rows["HMC default, 200 chains"]["seconds"],
-                 peer_ess(args, a.device) / rows["HMC 100 x 10, 200 chains"]["peer_seconds"]]
-        rows["ess_per_second_and_chain"] = per_s
+    found = {"matmul_flops": rate, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for script in [a.only] if a.only else makers:
+        print(f"-- {script}")
+        torch.manual_seed(0)
+        rows = makers[script](a)
+        found[script] = {name: measure(name, row, rate, a) for name, row in rows.items()}
+    if a.peer and "jnf" in found:
+        args = jnf.parse_args(["--net", "conv"])
+        per_s = [our_ess(args, a.device) / found["jnf"]["HMC default, 200 chains"]["seconds"],
+                 peer_ess(jnf.parse_args([]), a.device)
+                 / found["jnf"]["HMC 100 x 10, 200 chains"]["rival_seconds"]]
+        found["ess_per_second_and_chain"] = per_s
         print(f"effective draws per second and chain: default {per_s[0]:.2f}, MultiVae "
               f"{per_s[1]:.4f}: {per_s[0] / per_s[1]:.0f} x")
     memory = torch.cuda.max_memory_allocated() if a.device == "cuda" else \
@@ -247,7 +404,7 @@ def main() -> None:
     print(f"peak memory {memory / 2**30:.2f} GiB")
     if a.out:
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(a.out).write_text(json.dumps(rows | {"peak_bytes": memory}, indent=1))
+        Path(a.out).write_text(json.dumps(found | {"peak_bytes": memory}, indent=1))
 
 
 if __name__ == "__main__":
