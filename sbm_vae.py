@@ -62,8 +62,7 @@ PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standar
              schedule="plateau", z_dim=64, dim=64, noise_negatives=True, lr_score=5e-4,
              vae_beta=[0.5], lr_ae=1e-3, batch_size=256, batch_ae=256)
 PAPER_CELEB = dict(z_dim=256, dim=256, lr_ae=2e-4, lr_score=5e-5, n_steps=1000, beta_min=0.1,
-                   beta_max=20.0, schedule="constant",
-                   vae_beta=[0.1, 1.0, 0.1])
+                   beta_max=20.0, schedule="constant", vae_beta=[0.1, 1.0, 0.1])
 INFERENCE_FLAGS = ("sampler", "n_steps", "obs_noise", "corrector", "snr", "repaint", "jump",
                    "guide_weight", "guide_sweep", "curve", "n_curve")      # not for training
 
@@ -78,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--ae_net", default="patch", choices=["patch", "resnet"], help="patch: fast on a CPU")
     flag("--z_dim", type=number(int, 1), default=32, help="d, of each modality")
     flag("--score_net", default="mlp", choices=["mlp", "unet"])
-    flag("--width", type=number(int, 8), default=192, help="of the MLP; its trunk has twice as much")
+    flag("--width", type=number(int, 8), default=192, help="of the MLP; twice it in the trunk")
     flag("--blocks", type=number(int, 1), default=2, help="layers of the MLP's trunk")
     flag("--dim", type=number(int, 8), default=64, help="of the UNet; 128 for 10 modalities")
     flag("--dim_mults", type=number(int, 1), nargs="+", default=[1, 2, 2, 2], help="of the UNet")

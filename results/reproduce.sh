@@ -28,8 +28,14 @@ joint_layer_ebm synth_svhn default 0
 sbm_vae synth_polymnist default 0
 latent_ebm_prior synth_polymnist default 0
 ebm_revision synth_mnist_svhn default 0
+sbm_vae synth_mnist_svhn default 0
+latent_ebm_prior synth_mnist_svhn default 0
+jnf synth_mnist_svhn gaussian 0 --flow_blocks 0
 jnf synth_polymnist three-modalities 0
 jnf shapes default 0
+sbm_vae synth_polymnist obs-noise-fresh 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fresh --curve
+sbm_vae synth_polymnist obs-noise-fixed 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
+sbm_vae synth_polymnist obs-noise-official 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
 jnf mnist_svhn 3000-steps 0 --max_steps 3000
 jnf mnist_svhn contrastive-3000-steps 0 --max_steps 3000 --shared contrastive
 jnf mnist_svhn gaussian-3000-steps 0 --max_steps 3000 --flow_blocks 0

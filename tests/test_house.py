@@ -27,6 +27,23 @@ def test_a_script_stands_alone(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_nets_and_samplers_can_be_copied(path):
+    """From "Networks" to "Training", with the imports but without common.py and data.py."""
+    text, copied = path.read_text(), {}
+    imports = [ast.unparse(node) for node in ast.parse(text).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    lines = [line for line in imports if line not in ("import common", "import data")]
+    core = text[text.index("# ---- Networks"):text.index("# ---- Training")]
+    exec("\n".join(lines) + "\n" + core, copied)
+    sampler = {"jnf": "hmc", "sbm_vae": "sample"}.get(path.stem, "langevin")
+    assert callable(copied[sampler])
+    if sampler == "hmc":                                        # the README's example
+        readme = (ROOT / "README.md").read_text()
+        exec(re.search(r"```python\n(z, accept_rate = .*?)```", readme, re.S).group(1), copied)
+        assert copied["z"].shape == (64, 10) and 0.5 < copied["accept_rate"].mean() < 1
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_banners_stand_in_house_order(path):
     found = re.findall(r"^# ---- (\w+)", path.read_text(), re.M)
     assert found == BANNERS
