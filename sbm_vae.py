@@ -302,8 +302,9 @@ class MLP(nn.Module):
         sizes = [m * (a + 33)] + [2 * a] * args.blocks
         self.trunk = nn.Sequential(*[layer for n, k in zip(sizes, sizes[1:])
                                      for layer in (nn.Linear(n, k), nn.SiLU())])
-        self.head = nn.Sequential(GroupedLinear(m, 2 * a + own, a), nn.SiLU(), GroupedLinear(m, a, a),
-                                  nn.SiLU(), GroupedLinear(m, a, args.z_dim))
+        self.head = nn.Sequential(
+            GroupedLinear(m, 2 * a + own, a), nn.SiLU(), GroupedLinear(m, a, a), nn.SiLU(),
+            GroupedLinear(m, a, args.z_dim))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         time = torch.cat([(t == 0).to(z)[..., None], embed(self.scale * t, 32)], -1)
