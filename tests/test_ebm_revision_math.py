@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import ebm_revision as er
+import toy_revision
 
 IMAGES = {"a": (1, 28, 28), "b": (3, 32, 32)}
 TEXT = {"image": (3, 64, 64), "caption": (6, 9)}
@@ -285,3 +286,9 @@ def test_every_option_trains_every_net(more, shapes):
     assert all(v.isfinite() for v in metrics.values())
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
     assert sum(changed) > 0.9 * len(changed)
+
+
+def test_toy_with_four_modes_needs_the_generators_start():
+    found = {v: toy_revision.experiment(v, 0, 40)[0] for v in ("full", "both from noise")}
+    assert found["full"]["revised"] > 0.7 > 0.5 > found["both from noise"]["revised"]
+    assert found["full"]["initial"] > found["full"]["noise"] + 0.3

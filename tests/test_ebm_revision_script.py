@@ -90,13 +90,12 @@ def test_labelled_run_has_every_figure_twice(paired, monkeypatch):
 
 def test_text_and_images_end_to_end(paired, monkeypatch):
     def load(name, split, *_, **__):
-        n = 130 if split == "train" else 16
+        n = 40 if split == "train" else 16
         x = {"image": torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8),
              "caption": torch.randint(11, (n, 32))}
         return data.Dataset(x, None, {"image": "image", "caption": "text"}, name, split)
     monkeypatch.setattr(data, "load", load)
-    ebm_revision.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *TINY,
-                       "--n_eval", "16"])
+    ebm_revision.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *TINY])
     assert (paired / "runs/ebm_revision/cub/0/result.json").exists()
 
 
