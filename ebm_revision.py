@@ -18,10 +18,10 @@ Algorithm, for each batch X
   3 generator  ascends  l_rec log p_w(X|z~) + l_syn log p_w(X~|z)
   4 inference  ascends  log q(z~|X) + l_inf log q(z|X~)
   5 EBM        ascends  f(X) - f(X~)
-Nothing is differentiated through a chain. Stationary law of a chain with n < s: density^(1/T) with
-temperature T = (n/s)^2 (as s -> 0); only n = s samples the density itself. The x chain has n << s:
-it is close to ascent on f, its short run is part of the model. Steps on f / T would be the same
-chain with n = s; the EBM's gradient carries no 1/T, which Adam would cancel.
+Nothing is differentiated through a chain. Stationary law of a chain with n < s: density^(1/T),
+temperature T = (n/s)^2 (as s -> 0); only n = s samples the density itself. The x chain has n << s,
+close to ascent on f: its short run is part of the model. Spectral norm keeps |df/dx| <= 1 (mlp),
+so x moves by k_x s^2/2 at most: s must suit the distance between a wrong and a right picture.
 
 Usage
   python ebm_revision.py                                 synthetic digits, small nets, CPU
@@ -33,18 +33,19 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
   D2 chains use fixed spectral norms, normalised weights computed once a chain; no BatchNorm
   D3 a chain started at noise has no latent: its terms of steps 3 and 4 are left out
   D4 the z chain has 1 / (2 sigma^2) (theirs 1 / sigma^2); X~ of step 1 is reused in 5 (theirs runs
-     the chain again: --rerun_chain)
-  D5 --warmup epochs without the EBM; --weights ancestor (1, 50, 0.1) or paper (1, 1, 1)
+     the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
+  D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
+     prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. z chains start from q*, too
+     (--z_init q: from the mixture). Wide sigma, so that q* fills the prior; Adam with momentum
 """
 import argparse
 import json
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
@@ -55,9 +56,9 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-FULL = dict(z_dim=64, width=64, batch_size=100, epochs=100, x_steps=30, z_steps=10, warmup=0,
-            lr_ebm=1e-4,
-            lr_gen=3e-4, lr_enc=1e-4, weight_decay=5e-4)                    # of the unimodal code
+FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
+            x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
+            gamma=0.998, weight_decay=5e-4)                                 # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
@@ -78,13 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.run_parser("ebm_revision.py", __doc__, "synth_mnist_svhn", [*PRESETS, "paired"])
     flag = p.add_argument_group("model").add_argument
     flag("--z_dim", type=number(int, 1), default=16)
-    flag("--width", type=number(int, 4), default=8, help="channels of the first convolution")
+    flag("--width", type=number(int, 4), default=8, help="channels; MLP: 32 times that")
+    flag("--net", default="mlp", choices=["mlp", "conv"], help="of images; mlp: 28 or 32 pixels")
     flag("--fusion", default="late", choices=["late", "early", "additive"], help="of the energy")
     flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
-    flag("--sigma", type=number(float, 0, open_low=True), default=0.3, help="scale of p(x|z)")
+    flag("--sigma", type=number(float, 0, open_low=True), default=2.0, help="scale of p(x|z)")
     flag = p.add_argument_group("training").add_argument
-    flag("--epochs", type=number(int, 0), default=3)
-    flag("--warmup", type=number(int, 0), default=2, help="first epochs without the EBM")
+    flag("--epochs", type=number(int, 0), default=20)
+    flag("--warmup", type=number(int, 0), default=16, help="first epochs: the VAE alone")
     flag("--staged", action=switch, default=False, help="after warmup the EBM learns alone")
     flag("--max_steps", type=number(int, 0), default=0, help="0: epochs decide")
     flag("--batch_size", type=number(int, 1), default=64, help="over all processes")
@@ -95,19 +97,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--moe", default="random", choices=["random", "stratified"], help="experts of z_0")
     flag("--nll", default="per_expert", choices=["per_expert", "mixture"], help="-log q(z|X)")
     flag("--rerun_chain", action=switch, default=False, help="a second x chain, for the EBM")
-    flag("--lr_ebm", type=number(float, 0, open_low=True), default=2e-4)
+    flag("--lr_ebm", type=number(float, 0, open_low=True), default=5e-4)
     flag("--lr_gen", type=number(float, 0, open_low=True), default=1e-3)
     flag("--lr_enc", type=number(float, 0, open_low=True), default=1e-3)
     flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
-    flag("--gamma", type=number(float, 0, 1, open_low=True), default=0.998, help="lr, an epoch")
-    flag("--energy_l2", type=number(float, 0), default=0.0, help="of f(X)^2 + f(X_rev)^2")
+    flag("--gamma", type=number(float, 0, 1, open_low=True), default=0.9, help="lr, an epoch")
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
-    flag("--z_init", default="q", choices=["q", "noise"])
+    flag("--z_init", default="product", choices=["product", "q", "noise"])
     flag("--x_steps", type=number(int, 0), default=10, help="k_x")
     flag("--x_steps_test", type=number(int, 0), default=30)
-    flag("--x_step_size", type=number(float, 0, open_low=True), default=0.5)
+    flag("--x_step_size", type=number(float, 0, open_low=True), default=1.4)
     flag("--x_noise", type=number(float, 0), default=1e-3, help="temperature (x_noise / step)^2")
     flag("--z_steps", type=number(int, 0), default=5, help="k_z")
     flag("--cond_z_steps", type=number(int, 0), default=10, help="given some modalities")
@@ -120,13 +121,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- Networks ------------------------------------------------------------------------------------
-def conv_trunk(shape: tuple[int, ...], width: int) -> tuple[nn.Sequential, int]:
-    """Image [b c h w] in [-1, 1] -> features [b f]: 3 stride-2 convolutions, 4 for 64 pixels."""
-    layers, c, size = [], shape[0], shape[1]
-    for i in range(3 if size <= 32 else 4):
-        layers += [nn.Conv2d(c, width * 2**i, 4, 2, 1), nn.LeakyReLU(0.2)]
-        c, size = width * 2**i, size // 2
-    return nn.Sequential(*layers, nn.Flatten()), c * size * (shape[2] // 2**(i + 1))
+def mlp(*sizes: int) -> list[nn.Module]:
+    """Linear layers of these sizes, LeakyReLU between them."""
+    layers = [(nn.Linear(a, b), nn.LeakyReLU(0.2)) for a, b in zip(sizes, sizes[1:])]
+    return sum(map(list, layers), [])[:-1]
 
 
 class TextTrunk(nn.Module):
@@ -143,17 +141,27 @@ class TextTrunk(nn.Module):
         return reduce(h, "b e l -> b e", "mean")
 
 
-def trunk(shape: tuple[int, ...], width: int) -> tuple[nn.Module, int]:
-    """A feature net for a state of this shape, (c, h, w) or (l, v), and its output size."""
-    return (TextTrunk(shape[1]), 128) if len(shape) == 2 else conv_trunk(shape, width)
+def trunk(shape: tuple[int, ...], width: int, net: str) -> tuple[nn.Module, int]:
+    """State of shape (c, h, w) or (l, v) -> features [b f], and f. Images: 2 linear layers (mlp),
+    or 3 stride-2 convolutions, 4 for 64 pixels."""
+    if len(shape) == 2:
+        return TextTrunk(shape[1]), 128
+    if net == "mlp":
+        f = 32 * width
+        return nn.Sequential(nn.Flatten(), *mlp(math.prod(shape), f, f), nn.LeakyReLU(0.2)), f
+    layers, c, size = [], shape[0], shape[1]
+    for i in range(3 if size <= 32 else 4):
+        layers += [nn.Conv2d(c, width * 2**i, 4, 2, 1), nn.LeakyReLU(0.2)]
+        c, size = width * 2**i, size // 2
+    return nn.Sequential(*layers, nn.Flatten()), c * size * (shape[2] // 2**(i + 1))
 
 
 class Encoder(nn.Module):
     """State of one modality -> (mu, log_var), both [b d]."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, z_dim: int):
+    def __init__(self, shape: tuple[int, ...], width: int, z_dim: int, net: str):
         super().__init__()
-        self.body, f = trunk(shape, width)
+        self.body, f = trunk(shape, width, net)
         self.head = nn.Linear(f, 2 * z_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,11 +169,13 @@ class Encoder(nn.Module):
         return mu, log_var.clamp(-10, 4)                    # a start that cannot overflow
 
 
-def decoder(shape: tuple[int, ...], width: int, z_dim: int) -> nn.Sequential:
-    """z [b d] -> state: image [b c h w] in (-1, 1) by transposed convolutions, or logits."""
+def decoder(shape: tuple[int, ...], width: int, z_dim: int, net: str) -> nn.Sequential:
+    """z [b d] -> state: image in (-1, 1) by linear layers or transposed convolutions, or logits."""
     if len(shape) == 2:
-        return nn.Sequential(nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
-                             nn.Linear(512, shape[0] * shape[1]), nn.Unflatten(1, shape))
+        return nn.Sequential(*mlp(z_dim, 512, shape[0] * shape[1]), nn.Unflatten(1, shape))
+    if net == "mlp":
+        f = 32 * width
+        return nn.Sequential(*mlp(z_dim, f, f, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
     n_up = 2 if shape[1] <= 32 else 3
     c, h, w = width * 2**n_up, shape[1] // 2**n_up, shape[2] // 2**n_up
     layers = [nn.Linear(z_dim, c * h * w), nn.LeakyReLU(0.2), nn.Unflatten(1, (c, h, w)),
@@ -183,22 +193,21 @@ class Energy(nn.Module):
     by channel. additive: sum_m f_m(x_m), which cannot tell a coherent tuple from a mixed one.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], width: int, fusion: str):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], width: int, fusion: str, net: str):
         super().__init__()
         self.fusion, self.trunks = fusion, nn.ModuleDict()
         if fusion == "early":
-            if len({s[1:] for s in shapes.values()}) > 1 or len(next(iter(shapes.values()))) < 3:
-                raise ValueError("--fusion early needs images of one size in every modality")
             first = next(iter(shapes.values()))
+            if len({s[1:] for s in shapes.values()}) > 1 or len(first) < 3:
+                raise ValueError("--fusion early needs images of one size in every modality")
             shapes = {"all": (sum(s[0] for s in shapes.values()), *first[1:])}
         n = 0
         for m, shape in shapes.items():
-            body, f = trunk(shape, width)
+            body, f = trunk(shape, width, net)
             out = 1 if fusion == "additive" else 128
             self.trunks[m], n = nn.Sequential(body, nn.Linear(f, out)), n + out
         self.head = nn.Identity() if fusion == "additive" else nn.Sequential(
-            nn.LeakyReLU(0.2), nn.Linear(n, 256), nn.LeakyReLU(0.2), nn.Linear(256, 128),
-            nn.LeakyReLU(0.2), nn.Linear(128, 1))
+            nn.LeakyReLU(0.2), *mlp(n, 256, 128, 1))
         for layer in list(self.modules()):
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv1d)):
                 spectral_norm(layer)
@@ -216,11 +225,10 @@ class Revision(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
         super().__init__()
         self.shapes, self.z_dim = shapes, args.z_dim
-        self.ebm = Energy(shapes, args.width, args.fusion)
-        self.decoders = nn.ModuleDict({m: decoder(s, args.width, args.z_dim)
-                                       for m, s in shapes.items()})
-        self.encoders = nn.ModuleDict({m: Encoder(s, args.width, args.z_dim)
-                                       for m, s in shapes.items()})
+        self.ebm = Energy(shapes, args.width, args.fusion, args.net)
+        sizes = args.width, args.z_dim, args.net
+        self.decoders = nn.ModuleDict({m: decoder(s, *sizes) for m, s in shapes.items()})
+        self.encoders = nn.ModuleDict({m: Encoder(s, *sizes) for m, s in shapes.items()})
 
     def generate(self, z: Tensor) -> dict[str, Tensor]:
         """g(z): the mean state of every modality."""
@@ -228,14 +236,10 @@ class Revision(nn.Module):
 
     def to_state(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images [0, 1] -> [-1, 1]; tokens -> log probabilities, a one-hot smoothed by 0.05."""
-        state = {}
-        for m, v in x.items():
-            if v.is_floating_point():
-                state[m] = 2 * v - 1
-            else:
-                n_words = self.shapes[m][1]
-                state[m] = (0.95 * F.one_hot(v, n_words).float() + 0.05 / n_words).log()
-        return state
+        def words(v, n):
+            return (0.95 * F.one_hot(v, n).float() + 0.05 / n).log()
+        return {m: 2 * v - 1 if v.is_floating_point() else words(v, self.shapes[m][1])
+                for m, v in x.items()}
 
     def to_data(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse: images clamped to [0, 1], tokens by argmax."""
@@ -274,11 +278,30 @@ def nll_q(z: Tensor, experts: list[tuple[Tensor, Tensor]], mode: str) -> Tensor:
     mixture: exact, -logsumexp_m log q_m(z) + log k. per_expert: mean_m -log q_m(z), each expert
     on its own row if there are rows; it teaches every expert to cover the posterior.
     """
-    log_q = torch.stack([torch.stack([log_normal(row, mu, lv) for mu, lv in experts])
-                         for row in (z if z.ndim == 3 else z[None])])       # [rows k b]
+    rows = z if z.ndim == 3 else z[None]
+    log_q = torch.stack([log_normal(rows, *expert) for expert in experts], 1)      # [rows k b]
     if mode == "mixture":
         return (math.log(len(experts)) - log_q.logsumexp(1)).mean(0)
     return -(log_q[0].mean(0) if z.ndim == 2 else log_q.diagonal().mean(1))
+
+
+def product(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(mu, log_var) [b d] of q*(z|X) ~ p(z)^(1-M) prod_m q_m(z|x_m), p = N(0, I): the posterior if
+    q_m is p(z|x_m). A variance above the prior's counts as the prior's, so that q* is a density."""
+    precision = torch.stack([(-log_var).exp().clamp(min=1) for _, log_var in experts])
+    total = precision.sum(0) - (len(experts) - 1)
+    return (precision * torch.stack([mu for mu, _ in experts])).sum(0) / total, -total.log()
+
+
+def loss_warmup(model: nn.Module, state, args) -> Tensor:
+    """-log p(X|z) + KL(q*(z|X) || N(0, I)) - log q(z|X), z ~ q*: the ELBO with gradients through z
+    and q*, and the experts' fit to z held fixed; mean over the batch."""
+    experts = [net(state[m]) for m, net in model.encoders.items()]
+    mu, log_var = product(experts)
+    z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)
+    kl = 0.5 * (mu**2 + log_var.exp() - log_var - 1).sum(1)
+    log_px_z = log_lik(state, model.generate(z), args.sigma, args.decoder_dist)
+    return (kl - log_px_z + nll_q(z.detach(), experts, args.nll)).mean()
 
 
 def loss_generator(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
@@ -303,11 +326,11 @@ def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
     return loss
 
 
-def loss_energy(ebm: nn.Module, state, x_rev, l2: float = 0.0) -> tuple[Tensor, Tensor]:
-    """mean f(X_rev) - mean f(X) + l2 (f(X)^2 + f(X_rev)^2): (loss, gap f(X) - f(X_rev))."""
+def loss_energy(ebm: nn.Module, state, x_rev) -> tuple[Tensor, Tensor]:
+    """mean f(X_rev) - mean f(X): (loss, gap f(X) - f(X_rev))."""
     f_data, f_rev = ebm({m: torch.cat([v, x_rev[m]]) for m, v in state.items()}).chunk(2)
     loss = f_rev.mean() - f_data.mean()
-    return loss + l2 * (f_data**2 + f_rev**2).mean(), -loss.detach()
+    return loss, -loss.detach()
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
@@ -329,43 +352,36 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, noise_std: flo
     return z.detach()
 
 
-class frozen:
+@contextmanager
+def frozen(net: nn.Module):
     """Parameters of a net without gradient, eval mode, weights normalised once."""
-
-    def __init__(self, net: nn.Module):
-        self.net, self.cached = net, parametrize.cached()
-
-    def __enter__(self):
-        self.mode = self.net.training
-        self.grads = [p.requires_grad for p in self.net.parameters()]
-        self.net.eval().requires_grad_(False)
-        self.cached.__enter__()
-
-    def __exit__(self, *error):
-        self.cached.__exit__(*error)
-        self.net.train(self.mode)
-        for p, grad in zip(self.net.parameters(), self.grads):
-            p.requires_grad_(grad)
+    mode, grads = net.training, [p.requires_grad for p in net.parameters()]
+    net.eval().requires_grad_(False)
+    with parametrize.cached():
+        yield
+    net.train(mode)
+    for p, grad in zip(net.parameters(), grads):
+        p.requires_grad_(grad)
 
 
 def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, observed=(),
              trace: list | None = None) -> dict[str, Tensor]:
     """n_steps of Langevin on exp f from state, jointly in all modalities but the observed ones,
     whose tensors are returned as they came. trace gets the flat free state [b n] of each step."""
-    free = {m: v.detach() for m, v in state.items() if m not in observed}
+    state = {m: v.detach() for m, v in state.items()}
+    free = {m: v for m, v in state.items() if m not in observed}
     if not free or n_steps == 0:
-        return {m: v.detach() for m, v in state.items()}
+        return state
     sizes = [v[0].numel() for v in free.values()]
 
     def unpack(flat):                                       # [b n] -> the whole state
         parts = zip(free.items(), flat.split(sizes, 1))
         return state | {m: part.reshape(v.shape) for (m, v), part in parts}
 
-    flat = torch.cat([v.flatten(1) for v in free.values()], 1)
+    x = torch.cat([v.flatten(1) for v in free.values()], 1)
     with frozen(ebm):
-        flat = langevin(lambda v: ebm(unpack(v)), flat, n_steps, args.x_step_size, args.x_noise,
-                        trace)
-    return {m: v.detach() for m, v in unpack(flat).items()}
+        return unpack(langevin(lambda v: ebm(unpack(v)), x, n_steps, args.x_step_size,
+                               args.x_noise, trace))
 
 
 def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int, args) -> Tensor:
@@ -379,24 +395,20 @@ def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int,
 
 @torch.no_grad()
 def sample_q(model: Revision, state: dict[str, Tensor], moe: str = "random") -> Tensor:
-    """z ~ q(z|x_observed): [b d], one random expert an item; stratified: a row each, [k b d]."""
+    """z ~ q(z|x_observed): [b d], one random expert an item; stratified: a row each, [k b d];
+    product: z ~ q*."""
     experts = [model.encoders[m](v) for m, v in state.items()]
+    experts = [product(experts)] if moe == "product" else experts
     z = torch.stack([mu + (0.5 * lv).exp() * torch.randn_like(mu) for mu, lv in experts])
     b = torch.arange(z.shape[1], device=z.device)
     return z if moe == "stratified" else z[torch.randint(len(z), b.shape, device=z.device), b]
 
 
-def noise_state(model: Revision, b: int, device) -> dict[str, Tensor]:
-    """Where chains without a generator start: standard normal in every modality."""
-    return {m: torch.randn(b, *shape, device=device) for m, shape in model.shapes.items()}
-
-
 @torch.no_grad()
-def sample_joint(model: Revision, b: int, init: str, n_steps: int, args, device) -> dict:
-    """b joint states: n_steps of revision from the generator's or from noise."""
-    noise = init == "noise"
-    start = noise_state(model, b, device) if noise else model.generate(
-        torch.randn(b, model.z_dim, device=device))
+def sample_joint(model: Revision, z: Tensor, init: str, n_steps: int, args) -> dict[str, Tensor]:
+    """n_steps of revision from the generator's states for z [b d], or from normal noise."""
+    start = model.generate(z) if init == "generator" else {
+        m: torch.randn(len(z), *shape, device=z.device) for m, shape in model.shapes.items()}
     return revise_x(model.ebm, start, n_steps, args)
 
 
@@ -410,29 +422,28 @@ def sample_given(model: Revision, state: dict[str, Tensor], n_steps: int, args) 
 
 # ---- Training ------------------------------------------------------------------------------------
 def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="full") -> dict:
-    """Steps 1 to 5 of the docstring on a batch. phase: full; warmup without EBM; ebm alone."""
+    """Steps 1 to 5 of the docstring on a batch. phase: full; warmup of the VAE; ebm alone."""
     state = model.to_state(x)
     first = next(iter(state.values()))
-    b, device = len(first), first.device
-    z, x_rev, metrics = torch.randn(b, model.z_dim, device=device), None, {}
+    z, metrics = torch.randn(len(first), model.z_dim, device=first.device), {}
 
-    def x_chain():
-        with torch.no_grad():
-            start = noise_state(model, b, device) if args.x_init == "noise" else model.generate(z)
-        return revise_x(model.ebm, start, args.x_steps, args)
-
-    def step(name, loss):
-        opts[name].zero_grad(set_to_none=True)
+    def step(key, loss, *names):
+        for name in names or (key,):
+            opts[name].zero_grad(set_to_none=True)
         loss.backward()
-        opts[name].step()
-        metrics[f"loss_{name}"] = loss.detach()
+        for name in names or (key,):
+            opts[name].step()
+        metrics[f"loss_{key}"] = loss.detach()
 
-    autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+    autocast = torch.autocast(z.device.type, torch.bfloat16) if args.amp else nullcontext()
     with autocast:
-        if phase != "warmup":
-            x_rev = x_chain()
-        if phase != "ebm":
-            z_0 = sample_q(model, state, args.moe) if args.z_init == "q" else torch.randn_like(z)
+        if phase == "warmup":
+            step("warmup", loss_warmup(model, state, args), "gen", "enc")
+            return metrics
+        x_rev = sample_joint(model, z, args.x_init, args.x_steps, args)
+        if phase == "full":
+            start = args.moe if args.z_init == "q" else "product"
+            z_0 = torch.randn_like(z) if args.z_init == "noise" else sample_q(model, state, start)
             rows = len(z_0) if z_0.ndim == 3 else 1
             given = {m: repeat(v, "b ... -> (k b) ...", k=rows) for m, v in state.items()}
             z_rev = revise_z(model, z_0.reshape(-1, model.z_dim), given, args.z_steps, args)
@@ -440,33 +451,25 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             paired = None if args.x_init == "noise" else x_rev              # D3
             step("gen", loss_generator(model, state, z_rev, z, paired, args))
             step("enc", loss_inference(model, state, z_rev, z, paired, args))
-        if phase != "warmup":
-            x_neg = x_chain() if args.rerun_chain else x_rev
-            loss, metrics["gap"] = loss_energy(model.ebm, state, x_neg, args.energy_l2)
-            step("ebm", loss)
+        if args.rerun_chain:
+            x_rev = sample_joint(model, z, args.x_init, args.x_steps, args)
+        loss, metrics["gap"] = loss_energy(model.ebm, state, x_rev)
+        step("ebm", loss)
     return metrics
 
 
 def make_optimizers(model: Revision, args, world: int) -> dict:
-    """Adam for each net, as the ancestor's; gradients averaged over the ranks before a step."""
+    """Adam for each net; gradients averaged over the ranks before a step."""
     nets = {"gen": (model.decoders, args.lr_gen), "enc": (model.encoders, args.lr_enc),
             "ebm": (model.ebm, args.lr_ebm)}
     opts = {}
     for name, (net, lr) in nets.items():
         params = list(net.parameters())
-        decay = 0.0 if name == "ebm" else args.weight_decay
-        opts[name] = torch.optim.Adam(params, lr, (0.0, 0.9), weight_decay=decay, fused=True)
+        betas, decay = ((0.0, 0.9), 0.0) if name == "ebm" else ((0.9, 0.999), args.weight_decay)
+        opts[name] = torch.optim.Adam(params, lr, betas, weight_decay=decay, fused=True)
         opts[name].register_step_pre_hook(
             lambda *_, params=params: common.average_gradients(params, world))
     return opts
-
-
-def diverged(worst: Tensor, args, run) -> bool:
-    """Has any rank seen a value that is not finite, or a gap past --max_gap?"""
-    bad = (~(worst < args.max_gap)).int()                                   # nan is bad too
-    if run.world > 1:
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-    return bool(bad)
 
 
 def train(model: Revision, train_set: data.Dataset, args, run) -> None:
@@ -493,7 +496,8 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
         epoch = step // per_epoch
         phase = "warmup" if epoch < args.warmup else "ebm" if args.staged else "full"
         for name, opt in opts.items():
-            lr = getattr(args, f"lr_{name}") * args.gamma**epoch
+            age = max(epoch - args.warmup, 0) if name == "ebm" else epoch
+            lr = getattr(args, f"lr_{name}") * args.gamma**age
             opt.param_groups[0]["lr"] = lr * (0.5**run.rollbacks if name == "ebm" else 1)
         order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
@@ -504,7 +508,7 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
                                 *[0 * v.abs().float() for k, v in metrics.items() if k != "gap"]])
             worst = torch.maximum(worst, seen.sum())                        # 0 * inf is nan
             due, shown = run.checkpoint_due(), step % args.log_every == 0 or step == total
-            if (due or shown) and diverged(worst, args, run):
+            if (due or shown) and common.any_rank(~(worst < args.max_gap), run.world):
                 step = restore(run.rollback(f"f(X) - f(X_rev) or a loss diverged by step {step}"))
                 worst = torch.zeros_like(worst)
                 break                                                       # order from its epoch
@@ -523,7 +527,7 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
 # ---- Evaluation ----------------------------------------------------------------------------------
 def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Every figure twice: revised by the EBM, and with _initial of the generator alone; _noise:
-    chains from noise. Coherence, Fréchet distances, latents' classes, chain diagnostics."""
+    chains from noise. With coherence the number of classes seen: a collapse is coherent, too."""
     torch.manual_seed(args.seed)
     model.requires_grad_(False).eval()
     device, k = run.device, args.x_steps_test
@@ -532,7 +536,8 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     metrics = dict(real.metrics)
 
     def joint(init, n_steps):
-        return lambda b: model.to_data(sample_joint(model, b, init, n_steps, args, device))
+        return lambda b: model.to_data(sample_joint(
+            model, torch.randn(b, model.z_dim, device=device), init, n_steps, args))
 
     def given(n_steps):
         def generate(x, targets):
@@ -542,11 +547,13 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
 
     for suffix, init, n_steps in (("", "generator", k), ("_initial", "generator", 0),
                                   ("_noise", "noise", k)):
-        found = common.coherence_joint(joint(init, n_steps), judges, args.n_eval, args.eval_batch,
-                                       real)
+        sample = joint(init, n_steps)
+        found = common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
         if init == "generator":
             found |= common.coherence_cross(given(n_steps), test, judges, args.eval_batch, real)
         metrics |= {key + suffix: value for key, value in found.items()}
+        if judges:
+            metrics["classes_joint" + suffix] = effective_classes(sample(1000), judges)
     metrics |= latent_metrics(model, train_set, test, args, device)
     metrics |= diagnose_chains(model, args, run)
     images = [m for m in test.modalities if test.kinds[m] == "image"]
@@ -554,56 +561,53 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     rows = {f"{m}, initial": v for m, v in joint("generator", 0)(16).items() if m in images}
     torch.manual_seed(args.seed)
     rows |= {f"{m}, revised": v for m, v in joint("generator", k)(16).items() if m in images}
-    common.save_joint_grid(run.dir / "samples.png", rows)
-    shown = test.take(slice(8), device, images)
-    cross = {}
-    for m in shown:
-        made = given(k)({m: repeat(shown[m], "r ... -> (r k) ...", k=4)}, images)
-        cross[m] = {t: rearrange(v, "(r k) ... -> r k ...", k=4) for t, v in made.items()}
-    common.save_cross_grid(run.dir / "cross.png", shown, cross)
+    common.draw_samples(run.dir, lambda _: rows, given(k), test.take(slice(8), device, images))
     return metrics
+
+
+def effective_classes(x: dict[str, Tensor], judges: dict) -> float:
+    """exp of the entropy of the classes that judges see in x: 1 (collapse) to 10 (all alike)."""
+    seen = torch.cat([judge(x[m])[0].argmax(1) for m, judge in judges.items()])
+    share = seen.bincount() / len(seen)
+    return torch.special.entr(share).sum().exp().item()
 
 
 def linear_accuracy(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
     """Test accuracy of a logistic regression on latents [n d], by L-BFGS on the training ones."""
-    mean, std = z.mean(0), z.std(0) + 1e-6
     w = torch.zeros(z.shape[1] + 1, int(y.max()) + 1, device=z.device, requires_grad=True)
     opt = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-
-    def logits(z):
-        return F.pad((z - mean) / std, (0, 1), value=1.0) @ w
+    z, z_test = (F.pad((v - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0) for v in (z, z_test))
 
     def closure():
         opt.zero_grad()
-        loss = F.cross_entropy(logits(z), y) + 1e-4 * w.square().sum()
+        loss = F.cross_entropy(z @ w, y) + 1e-4 * w.square().sum()
         loss.backward()
         return loss
     opt.step(closure)
-    return (logits(z_test).argmax(1) == y_test).float().mean().item()
+    return ((z_test @ w).argmax(1) == y_test).float().mean().item()
 
 
 def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, float]:
     """Reconstruction and linear classification from q-samples, and from latents that z_steps under
     the whole posterior revised; up to 2,000 items each."""
-    parts, metrics = {}, {}
+    parts, errors = {}, []
     for split, dataset in (("train", train_set), ("test", test)):
-        dataset = dataset.head(2000)
-        zs = []
+        dataset, zs = dataset.head(2000), []
         for x in data.batches(dataset, args.eval_batch, device=device):
             state = model.to_state(x)
             z = sample_q(model, state)
             zs.append(torch.stack([z, revise_z(model, z, state, args.z_steps, args)]))
             if split == "test":
-                for key, row in zip(("q", "revised"), zs[-1]):
-                    error = log_lik(state, model.generate(row), args.sigma, args.decoder_dist)
-                    metrics.setdefault(f"recon_nats_{key}", []).append(-error)
+                errors.append(torch.stack([-log_lik(
+                    state, model.generate(row), args.sigma, args.decoder_dist) for row in zs[-1]]))
         parts[split] = torch.cat(zs, 1), dataset.y
-    metrics = {key: torch.cat(v).mean().item() for key, v in metrics.items()}
+    keys = "q", "revised"
+    errors = torch.cat(errors, 1).mean(1).tolist()
+    metrics = {f"recon_nats_{key}": error for key, error in zip(keys, errors)}
     if test.y is not None:
         (z, y), (z_test, y_test) = parts["train"], parts["test"]
-        for i, key in enumerate(("q", "revised")):
-            metrics[f"latent_accuracy_{key}"] = linear_accuracy(
-                z[i], y.to(device), z_test[i], y_test.to(device))
+        metrics |= {f"latent_accuracy_{key}": linear_accuracy(
+            z[i], y.to(device), z_test[i], y_test.to(device)) for i, key in enumerate(keys)}
     return metrics
 
 
@@ -612,10 +616,10 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
     z = repeat(torch.randn(8, model.z_dim, device=run.device), "b d -> (b c) d", c=4)
     n, trace, start = max(args.x_steps_test, 4), [], model.generate(z)
     end = revise_x(model.ebm, start, n, args)
-    move = {m: (end[m] - v).square().mean().sqrt().item() for m, v in start.items()}
-    metrics = {f"displacement_{m}": v for m, v in move.items()}
-    metrics["energy_initial"] = -model.ebm(start).mean().item()
-    metrics["energy_revised"] = -model.ebm(end).mean().item()
+    metrics = {f"displacement_{m}": (end[m] - v).square().mean().sqrt().item()
+               for m, v in start.items()}
+    metrics |= {"energy_initial": -model.ebm(start).mean().item(),
+                "energy_revised": -model.ebm(end).mean().item()}
     revise_x(model.ebm, start, 4 * n, args, trace=trace)
     flat = torch.stack(trace)                                               # [n b f]
     sizes = [v[0].numel() for v in start.values()]
@@ -629,21 +633,18 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
 # ---- Main ----------------------------------------------------------------------------------------
 def ablation(argv: list[str], args) -> dict[str, float]:
     """Every variant of ABLATION with the other flags as given: a table, and ablation.json."""
-    rest = [a for a in argv if a != "--ablation"]
     keys = ["coherence_joint", "coherence_joint_initial", "coherence_joint_noise",
             "coherence_cross_1", "coherence_cross_1_initial"]
-    table, metrics = {}, {}
+    table = {}
     for name, flags in ABLATION.items():
         out = Path(args.out_dir) / "ablation" / name.replace(" ", "_")
-        found = main([*rest, *flags, "--out_dir", str(out)])
+        found = main([*(a for a in argv if a != "--ablation"), *flags, "--out_dir", str(out)])
         table[name] = {key: found[key] for key in keys if key in found}
     print(f"{'variant':18s}" + "".join(f"{key[10:]:>17s}" for key in keys))
     for name, row in table.items():
         print(f"{name:18s}" + "".join(f"{row.get(key, math.nan):17.3f}" for key in keys))
-        metrics |= {f"{name}: {key}": value for key, value in row.items()}
-    path = Path(args.out_dir) / "ablation" / "ablation.json"
-    path.write_text(json.dumps(table, indent=1))
-    return metrics
+    Path(args.out_dir, "ablation", "ablation.json").write_text(json.dumps(table, indent=1))
+    return {f"{name}: {key}": v for name, row in table.items() for key, v in row.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -653,14 +654,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return ablation(sys.argv[1:] if argv is None else argv, args)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
-        sizes = {"train": args.n_train, "test": args.n_test}
         sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
                                  n_modalities=args.n_modalities).to(run.device)
-                for split, n in sizes.items()}
+                for split, n in (("train", args.n_train), ("test", args.n_test))}
         shapes = {}
         for m, shape in sets["train"].shapes.items():                       # text: (l, words)
-            words = max(int(s.x[m].max()) for s in sets.values()) + 1
-            shapes[m] = (*shape, words) if sets["train"].kinds[m] == "text" else shape
+            words = [max(int(s.x[m].max()) for s in sets.values()) + 1]
+            shapes[m] = shape + tuple(words * (sets["train"].kinds[m] == "text"))
         try:
             model = Revision(shapes, args).to(run.device)
         except ValueError as error:

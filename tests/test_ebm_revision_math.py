@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import ebm_revision as er
+import toy_revision
 
 IMAGES = {"a": (1, 28, 28), "b": (3, 32, 32)}
 TEXT = {"image": (3, 64, 64), "caption": (6, 9)}
@@ -24,6 +25,17 @@ class Linear(nn.Module):
 
     def forward(self, z):
         return (z @ self.a.T)[..., None, None]
+
+
+class Expert(nn.Module):
+    """A Normal that does not look at x."""
+
+    def __init__(self, mu, log_var):
+        super().__init__()
+        self.mu, self.log_var = nn.Parameter(mu), log_var
+
+    def forward(self, x):
+        return self.mu.expand(len(x), -1), self.log_var.expand(len(x), -1)
 
 
 def toy(a_1, a_2, args):
@@ -154,20 +166,11 @@ def test_gradients_of_the_three_losses():
         grads = [(z @ net.a.T - x[m].flatten(1)).T @ z / 8 / 0.25
                  for x, z in ((state, z_rev), (x_rev, z))]
         assert torch.allclose(net.a.grad, 2 * grads[0] + 3 * grads[1], atol=1e-4)
-    mu = {m: nn.Parameter(torch.randn(2)) for m in state}
-
-    class Expert(nn.Module):
-        def __init__(self, mu):
-            super().__init__()
-            self.mu = mu
-
-        def forward(self, x):
-            return self.mu.expand(len(x), 2), torch.zeros(len(x), 2)
-    model.encoders = nn.ModuleDict({m: Expert(v) for m, v in mu.items()})
+    model.encoders = nn.ModuleDict({m: Expert(torch.randn(2), torch.zeros(2)) for m in state})
     er.loss_inference(model, state, z_rev, z, x_rev, args).backward()
-    for v in mu.values():                                   # mean over two experts: the factor 1/2
-        exact = 0.5 * ((v - z_rev).mean(0) + 0.5 * (v - z).mean(0))
-        assert torch.allclose(v.grad, exact, atol=1e-5)
+    for expert in model.encoders.values():                  # mean over two experts: the factor 1/2
+        exact = 0.5 * ((expert.mu - z_rev).mean(0) + 0.5 * (expert.mu - z).mean(0))
+        assert torch.allclose(expert.mu.grad, exact, atol=1e-5)
     w = nn.Parameter(torch.zeros(()))
 
     def ebm(s):
@@ -176,6 +179,45 @@ def test_gradients_of_the_three_losses():
     loss.backward()
     exact = -(state["a"].flatten(1).sum(1).mean() - x_rev["a"].flatten(1).sum(1).mean())
     assert torch.allclose(w.grad, exact) and gap == -loss.detach()
+
+
+def test_product_of_exact_experts_is_the_joint_posterior():
+    a, x, sigma = {"a": 1.3, "b": -0.4}, {"a": 0.8, "b": 1.7}, 0.6
+
+    def posterior(names):                                   # of z ~ N(0, 1), x_m ~ N(a_m z, sigma^2)
+        precision = 1 + sum(a[m]**2 for m in names) / sigma**2
+        mean = sum(a[m] * x[m] for m in names) / sigma**2 / precision
+        return torch.tensor([[mean]]), -torch.tensor([[precision]]).log()
+    mu, log_var = er.product([posterior("a"), posterior("b")])
+    assert torch.allclose(mu, posterior("ab")[0]) and torch.allclose(log_var, posterior("ab")[1])
+    wide = torch.zeros(1, 1), torch.full((1, 1), 3.0)       # wider than the prior: says nothing
+    mu, log_var = er.product([posterior("a"), wide])
+    assert torch.allclose(mu, posterior("a")[0]) and torch.allclose(log_var, posterior("a")[1])
+
+
+def test_warmup_loss_and_its_gradients():
+    args, n = flags("--z_dim", "1", "--sigma", "0.8"), 200_000
+    a, x = {"a": 1.3, "b": -0.4}, {"a": 0.8, "b": 1.7}
+    model = toy(torch.tensor([[a["a"]]]), torch.tensor([[a["b"]]]), args)
+    experts = {"a": Expert(torch.tensor([0.5]), torch.tensor([-1.0])),
+               "b": Expert(torch.tensor([-0.3]), torch.tensor([-2.0]))}
+    model.encoders = nn.ModuleDict(experts)
+    loss = er.loss_warmup(model, {m: torch.full((n, 1, 1, 1), v) for m, v in x.items()}, args)
+    loss.backward()
+    p, mu_m = {"a": math.e, "b": math.e**2}, {"a": 0.5, "b": -0.3}           # experts' precisions
+    total = p["a"] + p["b"] - 1
+    mu, var = sum(p[m] * mu_m[m] for m in p) / total, 1 / total
+    exact = 0.5 * (mu**2 + var - math.log(var) - 1)
+    for m in p:
+        exact += ((x[m] - a[m] * mu)**2 + a[m]**2 * var) / (2 * 0.8**2)
+        exact += 0.25 * (p[m] * ((mu - mu_m[m])**2 + var) - math.log(p[m]) + math.log(2 * math.pi))
+    assert loss.item() == pytest.approx(exact, abs=0.01)
+    slope = mu - sum(a[m] * (x[m] - a[m] * mu) for m in p) / 0.8**2         # of the ELBO, at mu
+    for m, expert in experts.items():                       # and -log q_m(z), z held fixed
+        exact = slope * p[m] / total + 0.5 * p[m] * (mu_m[m] - mu)
+        assert expert.mu.grad.item() == pytest.approx(exact, abs=0.02)
+        grad = (a[m] * var + mu * (a[m] * mu - x[m])) / 0.8**2
+        assert model.decoders[m].a.grad.item() == pytest.approx(grad, abs=0.02)
 
 
 def test_energy_step_raises_f_on_data_against_revised():
@@ -193,10 +235,11 @@ def test_energy_step_raises_f_on_data_against_revised():
     assert gaps[-1] > gaps[0]
 
 
+@pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("fusion", ["late", "early", "additive"])
-def test_interaction_contrast_vanishes_only_for_the_additive_energy(fusion):
+def test_interaction_contrast_vanishes_only_for_the_additive_energy(fusion, net):
     shapes = {"a": (1, 28, 28), "b": (1, 28, 28)}
-    f = er.Energy(shapes, 8, fusion).eval().double()
+    f = er.Energy(shapes, 8, fusion, net).eval().double()
     a, a2, b, b2 = torch.randn(4, 16, 1, 28, 28).double()
     contrast = sum(s * f({"a": u, "b": v}) for s, u, v in
                    ((1, a, b), (-1, a2, b), (-1, a, b2), (1, a2, b2)))
@@ -204,6 +247,16 @@ def test_interaction_contrast_vanishes_only_for_the_additive_energy(fusion):
         assert contrast.abs().max() < 1e-10
     else:
         assert contrast.abs().max() > 1e-8
+
+
+def test_effective_classes():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return nn.functional.one_hot(x, 10).float(), None
+    judges, even = {"a": Fixed(), "b": Fixed()}, torch.arange(20) % 10
+    assert er.effective_classes({"a": even, "b": even}, judges) == pytest.approx(10)
+    assert er.effective_classes({"a": 0 * even, "b": 0 * even}, judges) == pytest.approx(1)
+    assert er.effective_classes({"a": even % 2, "b": even % 2}, judges) == pytest.approx(2)
 
 
 def test_text_state_round_trip_and_smoothing():
@@ -214,9 +267,10 @@ def test_text_state_round_trip_and_smoothing():
     assert torch.allclose(state.softmax(-1).amax(-1), torch.tensor(0.95 + 0.05 / 9))
 
 
-@pytest.mark.parametrize("more", [["--moe", "stratified"], ["--nll", "mixture"], ["--rerun_chain"],
+@pytest.mark.parametrize("more", [["--moe", "stratified", "--z_init", "q"],
+                                  ["--net", "conv"], ["--nll", "mixture"], ["--rerun_chain"],
                                   ["--x_init", "noise", "--z_init", "noise"],
-                                  ["--moe", "stratified", "--nll", "mixture"],
+                                  ["--moe", "stratified", "--nll", "mixture", "--z_init", "q"],
                                   ["--fusion", "additive", "--decoder_dist", "laplace"]])
 @pytest.mark.parametrize("shapes", [IMAGES, TEXT], ids=["images", "text"])
 def test_every_option_trains_every_net(more, shapes):
@@ -225,8 +279,16 @@ def test_every_option_trains_every_net(more, shapes):
     before = [p.clone() for p in model.parameters()]
     x = {m: torch.rand(4, *s) if len(s) == 3 else torch.randint(s[1], (4, s[0]))
          for m, s in shapes.items()}
-    metrics = er.train_step(model, x, er.make_optimizers(model, args, 1), args)
+    opts = er.make_optimizers(model, args, 1)
+    assert set(er.train_step(model, x, opts, args, "warmup")) == {"loss_warmup"}
+    metrics = er.train_step(model, x, opts, args)
     assert set(metrics) == {"loss_gen", "loss_enc", "loss_ebm", "gap"}
     assert all(v.isfinite() for v in metrics.values())
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
     assert sum(changed) > 0.9 * len(changed)
+
+
+def test_toy_with_four_modes_needs_the_generators_start():
+    found = {v: toy_revision.experiment(v, 0, 40)[0] for v in ("full", "both from noise")}
+    assert found["full"]["revised"] > 0.7 > 0.5 > found["both from noise"]["revised"]
+    assert found["full"]["initial"] > found["full"]["noise"] + 0.3

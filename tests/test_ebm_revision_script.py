@@ -16,19 +16,19 @@ import data
 import ebm_revision
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--z_dim", "3", "--width", "4", "--x_steps", "2", "--x_steps_test", "4", "--z_steps", "2",
-        "--cond_z_steps", "2", "--batch_size", "64", "--epochs", "4", "--warmup", "1",
-        "--log_every", "1", "--eval_batch", "64"]
+TINY = ["--z_dim", "2", "--width", "4", "--x_steps", "2", "--x_steps_test", "4", "--z_steps", "2",
+        "--cond_z_steps", "2", "--batch_size", "32", "--epochs", "4", "--warmup", "1",
+        "--log_every", "1", "--eval_batch", "64", "--n_eval", "30"]
 
 
 @pytest.fixture
 def paired(tmp_path, monkeypatch):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+    """A folder with unlabelled pairs, so that no judge is trained: 100 train, 20 test."""
     monkeypatch.setattr(common, "load_inception", lambda *_: None)
     rng = np.random.default_rng(0)
-    for split, n in (("train", 200), ("test", 30)):
+    for split, n in (("train", 100), ("test", 20)):
         shade = rng.integers(0, 255, (n, 1, 1, 1))
-        a, b = (np.broadcast_to(v, (n, 16, 16, c)).astype("u1") for v, c in
+        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
                 ((shade, 1), (255 - shade, 3)))
         np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
     return tmp_path
@@ -83,19 +83,19 @@ def test_labelled_run_has_every_figure_twice(paired, monkeypatch):
     metrics = ebm_revision.main(["--data_dir", str(paired), "--out_dir", str(paired / "runs"),
                                  "--n_train", "80", "--n_test", "24", "--n_eval", "24", *TINY])
     assert {"coherence_joint", "coherence_joint_initial", "coherence_joint_noise",
-            "coherence_cross_1", "coherence_cross_1_initial", "latent_accuracy_q",
+            "coherence_cross_1", "coherence_cross_1_initial", "classes_joint",
+            "classes_joint_initial", "classes_joint_noise", "latent_accuracy_q",
             "latent_accuracy_revised", "frechet_clf_svhn_initial"} <= set(metrics)
 
 
 def test_text_and_images_end_to_end(paired, monkeypatch):
     def load(name, split, *_, **__):
-        n = 130 if split == "train" else 16
+        n = 40 if split == "train" else 16
         x = {"image": torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8),
              "caption": torch.randint(11, (n, 32))}
         return data.Dataset(x, None, {"image": "image", "caption": "text"}, name, split)
     monkeypatch.setattr(data, "load", load)
-    ebm_revision.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *TINY,
-                       "--n_eval", "16"])
+    ebm_revision.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *TINY])
     assert (paired / "runs/ebm_revision/cub/0/result.json").exists()
 
 
@@ -141,7 +141,7 @@ def test_two_processes(paired):
                                     "--nproc_per_node", "2"])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert len(lines(paired / "runs/ebm_revision/paired/0")) == 8 + 4 * (200 * 9 // 10 // 64 - 2)
+    assert len(lines(paired / "runs/ebm_revision/paired/0")) == 4 * (100 * 9 // 10 // 32)
 
 
 def test_ablation_prints_every_variant(paired, capsys, monkeypatch):
