@@ -26,7 +26,7 @@ so x moves by k_x s^2/2 at most: s must suit the distance between a wrong and a 
 Usage
   python ebm_revision.py                                 synthetic digits, small nets, CPU
   python ebm_revision.py --dataset polymnist --data_dir DIR
-  python ebm_revision.py --ablation --epochs 2           a table of variants; results: README.md
+  python ebm_revision.py --ablation --warmup 4 --epochs 5   a table of variants; results: README
 
 Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
   D1 text is revised on its logits; the energy sees softmax(logits) times an embedding

@@ -184,7 +184,7 @@ def test_gradients_of_the_three_losses():
 def test_product_of_exact_experts_is_the_joint_posterior():
     a, x, sigma = {"a": 1.3, "b": -0.4}, {"a": 0.8, "b": 1.7}, 0.6
 
-    def posterior(names):                                   # of z ~ N(0, 1), x_m ~ N(a_m z, sigma^2)
+    def posterior(names):                                  # of z ~ N(0, 1), x_m ~ N(a_m z, sigma^2)
         precision = 1 + sum(a[m]**2 for m in names) / sigma**2
         mean = sum(a[m] * x[m] for m in names) / sigma**2 / precision
         return torch.tensor([[mean]]), -torch.tensor([[precision]]).log()
@@ -204,7 +204,7 @@ def test_warmup_loss_and_its_gradients():
     model.encoders = nn.ModuleDict(experts)
     loss = er.loss_warmup(model, {m: torch.full((n, 1, 1, 1), v) for m, v in x.items()}, args)
     loss.backward()
-    p, mu_m = {"a": math.e, "b": math.e**2}, {"a": 0.5, "b": -0.3}           # experts' precisions
+    p, mu_m = {"a": math.e, "b": math.e**2}, {"a": 0.5, "b": -0.3}          # experts' precisions
     total = p["a"] + p["b"] - 1
     mu, var = sum(p[m] * mu_m[m] for m in p) / total, 1 / total
     exact = 0.5 * (mu**2 + var - math.log(var) - 1)
