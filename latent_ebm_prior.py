@@ -36,7 +36,7 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D4 --objective dreg is unbiased for a mixture of experts; public code leaves the score term in
   D5 --ebm_on u: f sees (z, w_1 .. w_M); drawing x_n from others then still takes w_n ~ p(w)
   D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
-  D7 their nets of 4 x 4 patches, latent sizes and decoder scale are ours: minutes on a CPU
+  D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
 """
 import argparse
 import math
@@ -53,8 +53,8 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", decoder_scale=0.4, batch_size=64, lr=3e-3,
-             decay=True, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
+SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", decoder_scale=0.4, batch_size=64, decay=True,
+             lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
 PRESETS = {
     "synth_polymnist": SYNTH,
     "synth_mnist_svhn": dict(SYNTH, rescale=True),

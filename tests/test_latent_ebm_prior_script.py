@@ -22,8 +22,10 @@ TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3
 
 
 @pytest.fixture
-def paired(tmp_path):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+def paired(tmp_path, monkeypatch):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test; no figures
+    are drawn in this process."""
+    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
     rng = np.random.default_rng(0)
     for split, n in (("train", 200), ("test", 30)):
         shade = rng.integers(0, 255, (n, 1, 1, 1))
@@ -72,13 +74,23 @@ def untrained_judges(train, test, *_):
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("more", [("--net", "patch", "--cross_steps", "2"),
-                                  ("--net", "resnet", "--inference", "mcmc", "--ebm_on", "u")])
-def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypatch, more):
+def polymnist(folder, monkeypatch, *more):
+    """Arguments for three modalities in colour, 120 train, 24 test, with judges of no training."""
     monkeypatch.setattr(common, "load_judges", untrained_judges)
     monkeypatch.setattr(common, "load_inception", lambda *_: None)
-    arguments = ["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24",
-                 "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "runs"), *TINY, *more]
+    return ["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24", "--data_dir",
+            str(folder), "--out_dir", str(folder / "runs"), *TINY, *more]
+
+
+def test_resnets_with_mcmc_and_the_ebm_on_all_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
+    metrics = lep.main(polymnist(tmp_path, monkeypatch, "--net", "resnet", "--inference", "mcmc",
+                                 "--ebm_on", "u", "--max_steps", "2"))
+    assert np.isfinite(metrics["gap"]) and 0 <= metrics["coherence_joint"] <= 1
+
+
+def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypatch):
+    arguments = polymnist(tmp_path, monkeypatch, "--net", "patch", "--cross_steps", "2")
     metrics = lep.main(arguments)
     run_dir = tmp_path / "runs/latent_ebm_prior/synth_polymnist/0"
     for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
@@ -92,6 +104,7 @@ def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypat
             "classes_joint_base"} <= set(metrics)
     result = json.loads((run_dir / "result.json").read_text())
     assert result["metrics"]["coherence_cross_2"] == metrics["coherence_cross_2"]
+    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
     assert lep.main([*arguments, "--eval_only"]) == pytest.approx(metrics, nan_ok=True)
 
 
