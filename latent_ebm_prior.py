@@ -35,8 +35,8 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D3 the posterior chain divides the likelihood by beta, to match (3); --no-temper does not
   D4 --objective dreg is unbiased for a mixture of experts; public code leaves the score term in
   D5 --ebm_on u: f sees (z, w_1 .. w_M); drawing x_n from others then still takes w_n ~ p(w)
-  D6 the synthetic presets learn f after the autoencoder (--ebm_warmup = --epochs_vae): step 3 has
-     p0 alone. Learned together there, f saturated and its chains stayed behind (README)
+  D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
+  D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
 """
 import argparse
 import math
@@ -46,19 +46,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-SYNTH = dict(z_dim=8, w_dim=16, width=32, net="conv", beta=1.0, batch_size=64, epochs_vae=4,
-             ebm_warmup=4, epochs_ebm=4, lr_ebm=2e-4, bound=100.0, ebm_reg=0.01, max_gap=200.0)
+SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", decoder_scale=0.4, batch_size=64, decay=True,
+             lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
 PRESETS = {
     "synth_polymnist": SYNTH,
-    "synth_mnist_svhn": dict(SYNTH, rescale=True, net="auto"),
+    "synth_mnist_svhn": dict(SYNTH, rescale=True),
     "polymnist": dict(z_dim=32, w_dim=32, net="resnet", beta=2.5, epochs_vae=150),
-    "mnist_svhn": dict(z_dim=20, private=False, net="auto", k=30, objective="dreg", rescale=True,
+    "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
                        epochs_vae=30),
     "paired": dict(net="mlp")}
 TEST_FLAGS = ("cross_steps", "prior_sweep", "gmm")                         # not for training
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--z_dim", type=number(int, 1), default=32)
     flag("--w_dim", type=number(int, 1), default=32)
     flag("--private", action=switch, default=True, help="w_m; without: E24's base version")
-    flag("--net", default="auto", choices=["auto", "mlp", "conv", "resnet"])
+    flag("--net", default="auto", choices=["auto", "mlp", "patch", "conv", "resnet"])
     flag("--width", type=number(int, 1), default=64, help="channels of conv, resnet; 64: full size")
     flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
     flag("--rescale", action=switch, default=False, help="weigh by largest size / size of x_m")
@@ -81,7 +82,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--base_scale", type=number(float, 0, open_low=True), default=1.0)
     flag("--ebm_on", default="z", choices=["z", "u"], help="u: all of z, w_1 .. w_M")
     flag("--ebm_hidden", type=number(int, 1), default=200)
-    flag("--ebm_act", default="gelu", choices=["gelu", "lrelu"])
     flag("--bound", type=number(float, 0), default=30.0, help="|f| < bound (D1); 0: none")
     flag = p.add_argument_group("training").add_argument
     flag("--epochs_vae", type=number(int, 0), default=150, help="autoencoder and EBM together")
@@ -94,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--beta", type=number(float, 0, open_low=True), default=1.0)
     flag("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam, amsgrad")
     flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-4)
+    flag("--decay", action=switch, default=False, help="rates go down to 0 along a stage, linearly")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of both signs")
     flag("--max_gap", type=number(float, 0, open_low=True), default=50.0,
          help="|f(z_pos) - f(z_neg)| beyond this has diverged: rollback")
@@ -107,11 +108,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--post_steps", type=number(int, 0), default=20)
     flag("--post_step_size", type=number(float, 0, open_low=True), default=0.03)
     flag("--post_init", default="moe", choices=["moe", "noise"], help="noise: start at p0, no q")
-    flag("--post_clip", type=number(float, 0), default=0.0, help="gradient norm a chain; 0: none")
     flag("--temper", action=switch, default=True, help="likelihood to the power 1/beta (D3)")
     flag = p.add_argument_group("test").add_argument
     flag("--cross_steps", type=number(int, 0), default=0, help="Langevin for coherence_cross_*")
-    flag("--prior_sweep", type=number(int, 0), nargs="*", default=[0, 10, 30, 60, 100, 1000])
+    flag("--prior_sweep", type=number(int, 0), nargs="*", default=[0, 10, 30, 60, 100])
     flag("--gmm", type=number(int, 1), nargs="*", default=[1, 10, 100], help="mixtures fit to z")
     p.set_defaults(**PRESETS.get(common.peek(p, argv, "dataset"), {}))
     args = p.parse_args(argv)
@@ -142,37 +142,42 @@ def body(shape: tuple[int, ...], net: str, width: int) -> tuple[nn.Module, int]:
     (c, h, w), a = shape, width
     if net == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, 400), nn.ReLU()), 400
+    if net == "patch" and h % 4 == w % 4 == 0:
+        return nn.Sequential(
+            Rearrange("b c (h p) (w q) -> b (h w) (c p q)", p=4, q=4), nn.Linear(16 * c, a),
+            nn.ReLU(), nn.Flatten(), nn.Linear(h * w * a // 16, 8 * a), nn.ReLU()), 8 * a
     if net == "resnet" and (h, w) == (28, 28):
         return nn.Sequential(nn.Conv2d(c, a, 3, 1, 1), ResBlock(a, a), nn.AvgPool2d(3, 2, 1),
                              ResBlock(a, 2 * a), nn.AvgPool2d(3, 2, 1), ResBlock(2 * a, 4 * a),
                              nn.Flatten()), 4 * a * 49
-    if net == "conv" and (h, w) in ((28, 28), (32, 32)):
-        a, k = max(width // 2, 1), 4 if h == 32 else 3
-        return nn.Sequential(nn.Conv2d(c, a, k, 2, 1), nn.ReLU(), nn.Conv2d(a, 2 * a, k, 2, 1),
-                             nn.ReLU(), nn.Conv2d(2 * a, 4 * a, k, 2, 1), nn.ReLU(),
+    if net == "conv" and (h, w) == (32, 32):
+        a = max(width // 2, 1)
+        return nn.Sequential(nn.Conv2d(c, a, 4, 2, 1), nn.ReLU(), nn.Conv2d(a, 2 * a, 4, 2, 1),
+                             nn.ReLU(), nn.Conv2d(2 * a, 4 * a, 4, 2, 1), nn.ReLU(),
                              nn.Flatten()), 4 * a * 16
     raise ValueError(f"--net {net} is not made for images of {shape}; use --net mlp")
 
 
 def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Module:
-    """(w, z) [b dim] -> mean image [b c h w]; unbounded for 28 x 28 in colour, else in [0, 1]."""
+    """(w, z) [b dim] -> mean image [b c h w]; of resnet unbounded, else in [0, 1]."""
     (c, h, w), a, up = shape, width, nn.ConvTranspose2d
     if net == "mlp":
         return nn.Sequential(nn.Linear(dim, 400), nn.ReLU(), nn.Linear(400, c * h * w),
                              nn.Sigmoid(), nn.Unflatten(1, shape))
+    if net == "patch":
+        return nn.Sequential(
+            nn.Linear(dim, 8 * a), nn.ReLU(), nn.Linear(8 * a, h * w * a // 16), nn.ReLU(),
+            nn.Unflatten(1, (-1, a)), nn.Linear(a, 16 * c),
+            Rearrange("b (h w) (c p q) -> b c (h p) (w q)", h=h // 4, p=4, q=4, c=c), nn.Sigmoid())
     if net == "resnet":
         return nn.Sequential(nn.Linear(dim, 4 * a * 49), nn.Unflatten(1, (4 * a, 7, 7)),
                              ResBlock(4 * a, 2 * a), nn.Upsample(scale_factor=2),
                              ResBlock(2 * a, a), nn.Upsample(scale_factor=2), ResBlock(a, a),
                              nn.LeakyReLU(0.2), nn.Conv2d(a, c, 3, 1, 1))
     a = max(width // 2, 1)
-    if h == 32:
-        return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), up(dim, 4 * a, 4), nn.ReLU(),
-                             up(4 * a, 2 * a, 4, 2, 1), nn.ReLU(), up(2 * a, a, 4, 2, 1),
-                             nn.ReLU(), up(a, c, 4, 2, 1), nn.Sigmoid())
-    return nn.Sequential(nn.Linear(dim, 4 * a * 16), nn.ReLU(), nn.Unflatten(1, (4 * a, 4, 4)),
-                         up(4 * a, 2 * a, 3, 2, 1), nn.ReLU(), up(2 * a, a, 3, 2, 1, 1),
-                         nn.ReLU(), up(a, c, 3, 2, 1, 1))
+    return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), up(dim, 4 * a, 4), nn.ReLU(),
+                         up(4 * a, 2 * a, 4, 2, 1), nn.ReLU(), up(2 * a, a, 4, 2, 1), nn.ReLU(),
+                         up(a, c, 4, 2, 1), nn.Sigmoid())
 
 
 def sum_to_dim(logits: Tensor) -> Tensor:
@@ -196,19 +201,17 @@ class LaplaceTower(nn.Module):
 class EBM(nn.Module):
     """f(z) = bound tanh(g(z) / bound), g an MLP with two hidden layers; NEGATIVE energy, [b]."""
 
-    def __init__(self, dim: int, hidden: int, act: str, bound: float):
+    def __init__(self, dim: int, hidden: int, bound: float):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(dim, hidden), nn.Linear(hidden, hidden),
                                      nn.Linear(hidden, 1)])
-        self.act, self.bound = act, bound
+        self.bound = bound
 
     def forward(self, z: Tensor, fixed: bool = False) -> Tensor:
         """z [... d] -> [...]; fixed: parameters are constants, z still gets a gradient."""
         for i, layer in enumerate(self.layers):
             weight, bias = (p.detach() if fixed else p for p in (layer.weight, layer.bias))
-            if i:
-                z = F.gelu(z) if self.act == "gelu" else F.leaky_relu(z, 0.2)
-            z = F.linear(z, weight, bias)
+            z = F.linear(F.gelu(z) if i else z, weight, bias)
         g = rearrange(z, "... 1 -> ...")
         return self.bound * torch.tanh(g / self.bound) if self.bound else g
 
@@ -223,13 +226,11 @@ class EBM(nn.Module):
             back = back * (1 - torch.tanh(torch.addmm(b3, a2, w3.T) / self.bound) ** 2)
         return ((back @ w2) * slope1) @ w1
 
-    def activation(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """(a(h), a'(h)): GELU h Phi(h), its slope Phi(h) + h phi(h); or leaky ReLU."""
-        if self.act == "gelu":
-            phi = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
-            return h * phi, phi + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
-        slope = torch.where(h > 0, 1.0, 0.2)
-        return h * slope, slope
+    @staticmethod
+    def activation(h: Tensor) -> tuple[Tensor, Tensor]:
+        """GELU h Phi(h) and its slope Phi(h) + h phi(h)."""
+        phi = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
+        return h * phi, phi + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
 
 
 class MMVAEPlus(nn.Module):
@@ -253,7 +254,7 @@ class MMVAEPlus(nn.Module):
             self.decoders[m] = decoder(shape, net, args.width, self.z_dim + self.w_dim)
         self.aux = nn.Parameter(torch.zeros(len(shapes), self.w_dim))
         dim = self.z_dim + (args.ebm_on == "u") * len(shapes) * self.w_dim
-        self.ebm = EBM(dim, args.ebm_hidden, args.ebm_act, args.bound)
+        self.ebm = EBM(dim, args.ebm_hidden, args.bound)
 
     def encode(self, x: dict[str, Tensor]) -> list[Tensor]:
         """mu_z, scale_z, mu_w, scale_w, each [m b d], of the modalities that x has."""
@@ -293,8 +294,8 @@ def log_base(z: Tensor, args) -> Tensor:
 
 def log_lik(x: Tensor, mean: Tensor, scale: float) -> Tensor:
     """log Laplace(x; mean, scale): x [b c h w], mean [... b c h w] -> [... b]."""
-    log_p = -(x - mean).abs() / scale - math.log(2 * scale)
-    return reduce(log_p, "... c h w -> ...", "sum")
+    error = reduce((x - mean).abs(), "... c h w -> ...", "sum")
+    return -error / scale - math.log(2 * scale) * math.prod(x.shape[-3:])
 
 
 def sample_laplace(mu: Tensor, scale: Tensor) -> Tensor:
@@ -320,6 +321,12 @@ def log_lik_all(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, ar
         mean = model.decode(n, z, torch.where(own, w, aux))                # [m k b c h w]
         total = total + model.weight[n] * log_lik(x[n], mean, args.decoder_scale)
     return total
+
+
+def log_lik_own(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, args) -> Tensor:
+    """sum_m lambda_m log p(x_m|z, w_m) over the m that x has: z [b d], w [m b d] -> [b]."""
+    return sum(model.weight[m] * log_lik(x[m], model.decode(m, z, w[i]), args.decoder_scale)
+               for i, m in enumerate(model.modalities) if m in x)
 
 
 def log_prior(model: MMVAEPlus, z: Tensor, w_all: Tensor, args, use_ebm: bool) -> Tensor:
@@ -389,12 +396,11 @@ def ebm_loss(f_pos: Tensor, f_neg: Tensor, reg: float) -> Tensor:
 
 # ---- Sampler -------------------------------------------------------------------------------------
 def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
-             clip: float = 0.0, trace: list | None = None) -> Tensor:
+             trace: list | None = None) -> Tensor:
     """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s eps, eps ~ N(0, I); short runs from p0.
 
-    log_prob [b d] -> [b], unnormalised nats, rows separate; gradient: z -> [b d], if there is a
-    closed form, else autograd. clip > 0 bounds a chain's gradient norm (not exact any more). trace:
-    a list that gets z after each step. Returns end points, detached; z is left untouched.
+    log_prob [b d] -> [b], unnormalised nats, rows separate; gradient: z -> [b d], else autograd.
+    trace: a list that gets z after each step. Returns end points, detached; z is left untouched.
     """
     z = z.detach()
     for _ in range(n_steps):
@@ -404,8 +410,6 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
             with torch.enable_grad():
                 z = z.requires_grad_(True)
                 (grad,) = torch.autograd.grad(log_prob(z).sum(), z)        # sum: rows are separate
-        if clip:
-            grad = grad * (clip / grad.norm(dim=-1, keepdim=True).clamp_min(clip))
         z = z.detach() + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
         if trace is not None:
             trace.append(z)
@@ -433,10 +437,7 @@ def prior_gradient(model: MMVAEPlus, u: Tensor, args) -> Tensor:
     return model.ebm.gradient(u) + torch.cat([base_gradient(z, args), -w.sign()], 1)
 
 
-@cache
-def compiled_gradient():
-    """torch.compile of prior_gradient, once: one kernel for what lies between two products."""
-    return torch.compile(prior_gradient)
+compiled_gradient = cache(lambda: torch.compile(prior_gradient))            # once, when asked for
 
 
 def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = None,
@@ -450,14 +451,9 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
 
 def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: bool) -> Tensor:
     """log p(v, x_S) + constant, the likelihood to the power 1/beta with --temper: [b d] -> [b]."""
-    z, w = model.split(v)
+    (z, w), power = model.split(v), 1 / args.beta if args.temper else 1.0
     log_p = log_prior(model, z, w, args, use_ebm) + log_laplace(w, 0.0, 1.0).sum(0)
-    power = 1 / args.beta if args.temper else 1.0
-    for i, m in enumerate(model.modalities):
-        if m in x:
-            lik = log_lik(x[m], model.decode(m, z, w[i]), args.decoder_scale)
-            log_p = log_p + power * model.weight[m] * lik
-    return log_p
+    return log_p + power * log_lik_own(model, x, z, w, args)
 
 
 @torch.no_grad()
@@ -484,7 +480,7 @@ def sample_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, n_steps: int,
         v = sample_laplace(torch.zeros_like(v), torch.ones_like(v))
         v[:, :model.z_dim] = start_prior(len(v), model, args, v.device)[:, :model.z_dim]
     return langevin(lambda v: log_joint(model, x, v, args, use_ebm), v, n_steps,
-                    args.post_step_size, clip=args.post_clip)
+                    args.post_step_size)
 
 
 @torch.no_grad()
@@ -512,44 +508,38 @@ def ebm_step(model: MMVAEPlus, z_pos: Tensor, opt, args, world: int) -> dict[str
             "std_neg": z_neg.std(), "max_pos": z_pos.abs().max(), "max_neg": z_neg.abs().max()}
 
 
-def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], params: dict, args,
+def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], args,
                    use_ebm: bool) -> tuple[Tensor, dict]:
     """Step 3', after (3)'s backward: gradients of decoders and r_n become (1 - rho) (3) + rho times
     minus the likelihood at the chain's end v (own w and w' ~ r_n); --phi teach: the encoders'
     become those of -log q_m(z|x_m) - sum_n log q_n(w_n|x_n). Returns (z_pos [b d], metrics)."""
     v = sample_posterior(model, x, args, args.post_steps, use_ebm)
     z, w = model.split(v)
-    for p in params["theta"]:
+    for p in (*model.decoders.parameters(), model.aux):
         if p.grad is not None:
             p.grad.mul_(1 - args.rho)
-    cross = sum(model.weight[n] * log_lik(x[n], model.decode(n, z, sample_laplace(
-        torch.zeros_like(w[i]), sum_to_dim(model.aux[i]))), args.decoder_scale)
-        for i, n in enumerate(model.modalities)) if model.w_dim else 0.0
-    own = sum(model.weight[n] * log_lik(x[n], model.decode(n, z, w[i]), args.decoder_scale)
-              for i, n in enumerate(model.modalities))
+    aux = sample_laplace(torch.zeros_like(w), rearrange(sum_to_dim(model.aux), "m d -> m 1 d"))
+    cross = log_lik_own(model, x, z, aux, args) if model.w_dim else 0.0
+    own = log_lik_own(model, x, z, w, args)
     (-args.rho * (own + cross).mean()).backward()
     if args.phi == "teach":
-        for p in params["phi"]:
-            p.grad = None
+        model.encoders.zero_grad(set_to_none=True)
         mu_z, scale_z, mu_w, scale_w = model.encode(x)
         log_qz = log_experts(z, mu_z, scale_z).mean(0)                     # experts in turn, meaned
         (-(log_qz + log_laplace(w, mu_w, scale_w).sum(0)).mean()).backward()
-    u = z if args.ebm_on == "z" else v
-    return u, {"nll_chain_nats": -own.detach().mean()}
+    return z if args.ebm_on == "z" else v, {"nll_chain_nats": -own.detach().mean()}
 
 
 def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
                world: int = 1) -> dict[str, Tensor]:
     """One minibatch of the algorithm, x = {m: [b c h w]}; metrics as tensors."""
-    params = {"phi": list(model.encoders.parameters()),
-              "theta": [*model.decoders.parameters(), model.aux]}
     with torch.autocast(next(iter(x.values())).device.type, torch.bfloat16, enabled=args.amp):
         out = objective(model, x, args, use_ebm)
     opts["vae"].zero_grad(set_to_none=True)
     out["loss"].backward()
     z_pos, metrics = out["z_pos"], {}
     if args.inference == "mcmc":
-        z_pos, metrics = mcmc_gradients(model, x, params, args, use_ebm)
+        z_pos, metrics = mcmc_gradients(model, x, args, use_ebm)
     opts["vae"].step()
     metrics["bound_nats"] = out["bound_nats"]
     return metrics | (ebm_step(model, z_pos, opts["ebm"], args, world) if use_ebm else {})
@@ -558,8 +548,7 @@ def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm
 def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
                  world: int = 1) -> dict[str, Tensor]:
     """One step of the stage that trains f alone, from with_encodings' x['q_<m>'] [b 2d]."""
-    q = torch.stack([x[f"q_{m}"] for m in model.modalities])               # [m b 2d]
-    mu, scale = q.chunk(2, -1)
+    mu, scale = torch.stack([x[f"q_{m}"] for m in model.modalities]).chunk(2, -1)    # [m b d]
     draw = sample_laplace(mu, scale)
     u = z = draw[..., :model.z_dim]
     if args.ebm_on == "u":
@@ -592,7 +581,7 @@ def make_optimisers(model: MMVAEPlus, args, run) -> dict:
     """Adam for the autoencoder and for f; over several ranks gradients are averaged first."""
     groups = {"vae": [*model.encoders.parameters(), *model.decoders.parameters(), model.aux],
               "ebm": list(model.ebm.parameters())}
-    opts = {"vae": torch.optim.Adam(groups["vae"], args.lr, amsgrad=True),
+    opts = {"vae": torch.optim.Adam(groups["vae"], args.lr, amsgrad=True, fused=True),
             "ebm": torch.optim.Adam(groups["ebm"], args.lr_ebm)}
     for name, params in groups.items():
         opts[name].register_step_pre_hook(
@@ -616,7 +605,6 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
             model.load_state_dict(state["model"])
             for key in opts:
                 opts[key].load_state_dict(state["opts"][key])
-        opts["ebm"].param_groups[0]["lr"] = args.lr_ebm * 0.5**run.rollbacks
         return state["step"] if state else 0
 
     def save() -> None:
@@ -633,6 +621,9 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
                               run.rank, run.world, names):
+            share = 1 - step / total if args.decay else 1.0
+            for key, rate in (("vae", args.lr), ("ebm", args.lr_ebm * 0.5**run.rollbacks)):
+                opts[key].param_groups[0]["lr"] = share * rate
             metrics = step_fn(model, x, opts, args, use_ebm, run.world)
             step += 1
             due, logged = run.checkpoint_due(), step % args.log_every == 0 or step == total
@@ -676,10 +667,25 @@ def joint_images(model: MMVAEPlus, u: Tensor) -> dict[str, Tensor]:
     return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)}
 
 
-def encoded_z(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
-    """A draw of z ~ q(z|x) for each item: [n d]."""
-    batches = data.batches(dataset, args.eval_batch, device=device)
-    return torch.cat([start_posterior(model, x, args)[:, :model.z_dim] for x in batches])
+def encoded(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
+    """A draw of v ~ q(v|x) for each item: [n d]."""
+    return torch.cat([start_posterior(model, x, args)
+                      for x in data.batches(dataset, args.eval_batch, device=device)])
+
+
+def joint_metrics(sample, judges, n: int, args, reference=None) -> dict[str, float]:
+    """common.coherence_joint and classes_joint: e to the entropy of all classes that the judges
+    see, 10 if each is as frequent, 1 if all samples are of one class: a coherent collapse."""
+    seen = []
+    hooks = [judge.register_forward_hook(lambda *call: seen.append(call[2][0].argmax(1)))
+             for judge in judges.values()]
+    metrics = common.coherence_joint(sample, judges, n, args.eval_batch, reference)
+    for hook in hooks:
+        hook.remove()
+    if seen:
+        share = torch.cat(seen).bincount() / sum(map(len, seen))
+        metrics["classes_joint"] = torch.special.entr(share).sum().exp().item()
+    return metrics
 
 
 def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
@@ -697,19 +703,16 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
         data.batches(test, args.eval_batch), device)
     judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
     real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
-    steps = args.prior_steps if use_ebm else 0
 
-    def sample(n):
+    def sample(n, steps=args.prior_steps if use_ebm else 0):
         return joint_images(model, sample_prior(model, n, args, device, steps))
 
     def generate(x, targets, n_steps=args.cross_steps, use_ebm=use_ebm):
         z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
         return {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
 
-    metrics |= common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
-    base = common.coherence_joint(
-        lambda n: joint_images(model, start_prior(n, model, args, device)), judges, args.n_eval,
-        args.eval_batch, real)
+    metrics |= joint_metrics(sample, judges, args.n_eval, args, real)
+    base = joint_metrics(lambda n: sample(n, 0), judges, args.n_eval, args, real)
     metrics |= {f"{key}_base": value for key, value in base.items()}
     cross = common.coherence_cross(generate, test, judges, args.eval_batch, real)
     metrics |= cross | real.metrics
@@ -722,8 +725,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     if use_ebm:
         metrics |= diagnose_prior(model, test, args, run)
     metrics |= diagnose_posterior(model, test, args, run, use_ebm)
-    given = test.take(slice(8), device)
-    common.draw_samples(run.dir, sample, generate, given)
+    common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     return metrics
 
 
@@ -731,7 +733,8 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
              run, n: int = 2000) -> dict[str, float]:
     """Does the EBM earn its place? Joint coherence (2,000 samples) of mixtures of Gaussians and of
     resampling fitted to encoded z, and of other chain lengths; cross coherence with Langevin."""
-    z, metrics, few = encoded_z(model, train_set.head(5000), args, run.device), {}, test.head(1000)
+    z = encoded(model, train_set.head(5000), args, run.device)[:, :model.z_dim]
+    metrics, few = {}, test.head(1000)
     priors = {"resampled": lambda b: z[torch.randint(len(z), (b,), device=z.device)]}
     for k in args.gmm:
         gmm = common.fit_gmm(z, min(k, len(z)), n_iter=30)
@@ -740,8 +743,8 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
         priors[f"steps{steps}"] = lambda b, steps=steps: sample_prior(model, b, args, z.device,
                                                                       steps)
     for name, draw in priors.items():
-        joint = common.coherence_joint(lambda b: joint_images(model, draw(b)), judges,
-                                       min(n, args.n_eval), args.eval_batch)
+        joint = joint_metrics(lambda b: joint_images(model, draw(b)), judges,
+                              min(n, args.n_eval), args)
         metrics |= {f"{key}_{name}": value for key, value in joint.items()}
     single = [(m,) for m in test.modalities]
     for steps in dict.fromkeys((0, args.post_steps)):
@@ -755,9 +758,7 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
 def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str, float]:
     """f and spread of z_pos and z_neg; a chain 20 times as long (is it a sampler, or a short-run
     flow?), its mean log-density along the way; Metropolis acceptance at its end as bias."""
-    x = test.head(2000)
-    v = torch.cat([start_posterior(model, b, args)
-                   for b in data.batches(x, args.eval_batch, device=run.device)])
+    v = encoded(model, test.head(2000), args, run.device)
     z_pos = v[:, :model.z_dim] if args.ebm_on == "z" else v
     z_neg, trace = sample_prior(model, len(v), args, run.device), []
     n_steps = 20 * max(args.prior_steps, 1)
@@ -787,7 +788,7 @@ def diagnose_posterior(model: MMVAEPlus, test: data.Dataset, args, run, use_ebm)
     x = test.head(200).take(slice(200), run.device)
     start = sample_posterior(model, x, args, 0, use_ebm)
     end = langevin(lambda v: log_joint(model, x, v, args, use_ebm), start, args.post_steps,
-                   args.post_step_size, clip=args.post_clip)
+                   args.post_step_size)
     metrics = {}
     for name, v in (("start", start), ("end", end)):
         z, w = model.split(v)
@@ -803,10 +804,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
-        sizes = {"train": args.n_train, "test": args.n_test}
         sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
                                  n_modalities=args.n_modalities).to(run.device)
-                for split, n in sizes.items()}
+                for split, n in (("train", args.n_train), ("test", args.n_test))}
         try:
             model = MMVAEPlus(sets["train"].shapes, args)
             model.to(run.device, memory_format=torch.channels_last)

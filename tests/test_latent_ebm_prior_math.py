@@ -55,6 +55,24 @@ def test_parameter_counts_of_the_published_nets():
     assert args.rescale and model.weight == {"mnist": 3072 / 784, "svhn": 1.0}
 
 
+def test_patch_nets_see_and_draw_each_patch_in_its_place():
+    """A change of one 4 x 4 patch reaches the features only through that patch's columns, and the
+    decoder's own features of a patch fill that patch alone."""
+    shape, a = (3, 8, 12), 5
+    tower, n_features = lep.body(shape, "patch", a)
+    x = torch.rand(2, *shape)
+    assert tower(x).shape == (2, n_features)
+    patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 6, 48)
+    assert torch.equal(tower[0](x), patches)
+    draw = lep.decoder(shape, "patch", a, 7)
+    assert draw(torch.randn(2, 7)).shape == (2, *shape)
+    features = torch.randn(2, 6 * a)
+    moved = features.clone()
+    moved[:, 4 * a:5 * a] += 1                                             # row 1, column 1
+    same = (draw[4:](features) == draw[4:](moved)).all(1).all(0)
+    assert not same[4:8, 4:8].any() and same.sum() == 96 - 16
+
+
 def test_densities_are_those_of_torch():
     z, mu, scale = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3) + 0.1
     assert torch.allclose(lep.log_laplace(z, mu, scale), Laplace(mu, scale).log_prob(z).sum(-1))
@@ -85,10 +103,9 @@ def test_the_mixture_of_experts_is_torchs_mixture():
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("act", ["gelu", "lrelu"])
 @pytest.mark.parametrize("bound", [0.0, 0.3])
-def test_closed_form_gradient_is_autograds(act, bound):
-    ebm = lep.EBM(4, 16, act, bound).double()
+def test_closed_form_gradient_is_autograds(bound):
+    ebm = lep.EBM(4, 16, bound).double()
     z = (3 * torch.randn(9, 4, dtype=torch.float64)).requires_grad_(True)
     (grad,) = torch.autograd.grad(ebm(z).sum(), z)
     assert torch.allclose(ebm.gradient(z), grad, atol=1e-12)
@@ -250,11 +267,6 @@ def test_langevin_leaves_its_input_alone_and_rows_apart():
     torch.manual_seed(3)
     closed = lep.langevin(None, before, 5, 0.1, gradient=lambda z: -4 * z**3)
     assert torch.allclose(closed, end, atol=1e-6)
-    torch.manual_seed(3)
-    clipped = lep.langevin(None, before, 1, 1.0, lambda z: 1e6 * torch.ones_like(z), clip=2.0)
-    torch.manual_seed(3)
-    free = lep.langevin(None, before, 1, 1.0, lambda z: torch.full_like(z, math.sqrt(2.0)))
-    assert torch.allclose(clipped, free, atol=1e-5)
 
 
 def test_posterior_chain_reaches_the_posterior_of_quadrature():
@@ -415,7 +427,7 @@ def test_mcmc_updates_mix_the_two_gradients_as_written(phi, rho, monkeypatch):
               "theta": [*model.decoders.parameters(), model.aux]}
     lep.objective(model, x, args, True)["loss"].backward()
     vae = {k: grads(p) for k, p in params.items()}
-    z_pos, _ = lep.mcmc_gradients(model, x, params, args, True)
+    z_pos, _ = lep.mcmc_gradients(model, x, args, True)
     assert torch.equal(z_pos, v[:, :3])
     mixed = {k: grads(p) for k, p in params.items()}
     z, w = v[:, :3], [v[:, 3:5], v[:, 5:7], v[:, 7:]]

@@ -22,8 +22,10 @@ TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3
 
 
 @pytest.fixture
-def paired(tmp_path):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+def paired(tmp_path, monkeypatch):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test; no figures
+    are drawn in this process."""
+    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
     rng = np.random.default_rng(0)
     for split, n in (("train", 200), ("test", 30)):
         shade = rng.integers(0, 255, (n, 1, 1, 1))
@@ -72,13 +74,23 @@ def untrained_judges(train, test, *_):
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("more", [("--net", "conv", "--cross_steps", "2"),
-                                  ("--net", "resnet", "--inference", "mcmc", "--ebm_on", "u")])
-def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypatch, more):
+def polymnist(folder, monkeypatch, *more):
+    """Arguments for three modalities in colour, 120 train, 24 test, with judges of no training."""
     monkeypatch.setattr(common, "load_judges", untrained_judges)
     monkeypatch.setattr(common, "load_inception", lambda *_: None)
-    arguments = ["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24",
-                 "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "runs"), *TINY, *more]
+    return ["--dataset", "synth_polymnist", "--n_train", "120", "--n_test", "24", "--data_dir",
+            str(folder), "--out_dir", str(folder / "runs"), *TINY, *more]
+
+
+def test_resnets_with_mcmc_and_the_ebm_on_all_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
+    metrics = lep.main(polymnist(tmp_path, monkeypatch, "--net", "resnet", "--inference", "mcmc",
+                                 "--ebm_on", "u", "--max_steps", "2"))
+    assert np.isfinite(metrics["gap"]) and 0 <= metrics["coherence_joint"] <= 1
+
+
+def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypatch):
+    arguments = polymnist(tmp_path, monkeypatch, "--net", "patch", "--cross_steps", "2")
     metrics = lep.main(arguments)
     run_dir = tmp_path / "runs/latent_ebm_prior/synth_polymnist/0"
     for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
@@ -88,16 +100,18 @@ def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypat
             "coherence_cross_1_base", "coherence_joint_gmm2", "coherence_joint_resampled",
             "coherence_joint_steps0", "coherence_joint_steps5", "coherence_cross_1_langevin2",
             "frechet_clf_m0", "frechet_clf_m0_base", "energy_long", "ess_per_step", "std_neg",
-            "post_log_p_end_nats", "bound_nats"} <= set(metrics)
+            "post_log_p_end_nats", "bound_nats", "classes_joint",
+            "classes_joint_base"} <= set(metrics)
     result = json.loads((run_dir / "result.json").read_text())
     assert result["metrics"]["coherence_cross_2"] == metrics["coherence_cross_2"]
+    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
     assert lep.main([*arguments, "--eval_only"]) == pytest.approx(metrics, nan_ok=True)
 
 
 @pytest.mark.parametrize("more", [
     ("--objective", "dreg", "--k", "3", "--no-private"), ("--objective", "iwae", "--k", "2"),
-    ("--inference", "mcmc", "--phi", "teach", "--post_init", "noise", "--post_clip", "10"),
-    ("--base", "gaussian", "--bound", "0", "--ebm_reg", "0.1", "--ebm_act", "lrelu"),
+    ("--inference", "mcmc", "--phi", "teach", "--post_init", "noise"),
+    ("--base", "gaussian", "--bound", "0", "--ebm_reg", "0.1"),
     ("--prior", "laplace", "--inference", "mcmc"), ("--amp", "--rescale")])
 def test_every_variant_trains(paired, more):
     metrics = lep.main(flags(paired, "--epochs_vae", "8", "--lr", "0.005", *more))
@@ -151,22 +165,42 @@ def test_one_rollback_cures_a_broken_step_and_the_run_ends(paired, monkeypatch):
     assert len(events) == 1 and np.isfinite(metrics["gap"])
 
 
+def test_rates_decay_to_zero_along_a_stage(paired, monkeypatch):
+    seen, plain = [], lep.train_step
+
+    def remember(model, x, opts, *rest):
+        seen.append([opt.param_groups[0]["lr"] for opt in opts.values()])
+        return plain(model, x, opts, *rest)
+    monkeypatch.setattr(lep, "train_step", remember)
+    lep.main(flags(paired, "--decay", "--max_steps", "4", "--lr", "0.08", "--lr_ebm", "0.04"))
+    assert seen == [pytest.approx([0.02 * i, 0.01 * i]) for i in (4, 3, 2, 1)]
+
+
+def test_classes_joint_tells_collapse_from_coherence():
+    args = lep.parse_args([])
+    judges = {m: torch.nn.Module() for m in "ab"}
+    for judge in judges.values():
+        judge.forward = lambda x: (x, x)
+        judge.register_parameter("p", torch.nn.Parameter(torch.zeros(())))
+    for n_classes in (1, 2, 10):
+        image = torch.eye(10)[:n_classes].repeat(100 // n_classes, 1)
+        metrics = lep.joint_metrics(lambda n: {"a": image, "b": image}, judges, 100, args)
+        assert metrics["coherence_joint"] == 1
+        assert metrics["classes_joint"] == pytest.approx(n_classes, rel=1e-4)
+
+
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
     options = ["--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",
                "6"]
     run_dir, whole_dir = folder_of(paired), folder_of(paired, "whole")
-    process = script(flags(paired, *options))
-    for stage in ("vae", "ebm"):
+    for stage, more in (("vae", []), ("ebm", ["--resume"])):
+        process = script(flags(paired, *options, *more))
         wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 9,')
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process = script(flags(paired, *options, "--resume"))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    process = script([*flags(paired, *options), "--out_dir", str(paired / "whole")])
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    lep.main(flags(paired, *options, "--resume"))
+    lep.main([*flags(paired, *options), "--out_dir", str(paired / "whole")])
     assert lines(run_dir) == lines(whole_dir)
     models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
               for d in (run_dir, whole_dir)]
