@@ -36,6 +36,7 @@ jnf shapes default 0
 sbm_vae synth_polymnist obs-noise-fresh 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fresh --curve
 sbm_vae synth_polymnist obs-noise-fixed 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
 sbm_vae synth_polymnist obs-noise-official 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
+sbm_vae polymnist small 0 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 45 --width 192 --lr_score 1e-3 --n_eval 2000
 jnf mnist_svhn 3000-steps 0 --max_steps 3000
 jnf mnist_svhn contrastive-3000-steps 0 --max_steps 3000 --shared contrastive
 jnf mnist_svhn gaussian-3000-steps 0 --max_steps 3000 --flow_blocks 0

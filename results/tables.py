@@ -17,7 +17,8 @@ TABLES = {       # name: (folder below results, [(column, metric)])
                     ("ESS a step", "ess_per_step"), ("accept", "accept_rate")]),
     "sbm_vae": ("sbm_vae", [("joint", "coherence_joint"),
                             ("independent latents", "coherence_joint_independent"), *CROSS,
-                            ("given 3", "coherence_cross_3")]),
+                            ("given 3", "coherence_cross_3"),
+                            ("given 4", "coherence_cross_4")]),
     "latent_ebm_prior": ("latent_ebm_prior", [
         ("joint, EBM prior", "coherence_joint"), ("joint, base prior", "coherence_joint_base"),
         ("given 1", "coherence_cross_1"), ("given 1, base", "coherence_cross_1_base"),
