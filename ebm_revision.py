@@ -42,7 +42,7 @@ import argparse
 import json
 import math
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -329,8 +329,8 @@ def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
 def loss_energy(ebm: nn.Module, state, x_rev) -> tuple[Tensor, Tensor]:
     """mean f(X_rev) - mean f(X): (loss, gap f(X) - f(X_rev))."""
     f_data, f_rev = ebm({m: torch.cat([v, x_rev[m]]) for m, v in state.items()}).chunk(2)
-    loss = f_rev.mean() - f_data.mean()
-    return loss, -loss.detach()
+    gap = f_data.mean() - f_rev.mean()
+    return -gap, gap.detach()
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
@@ -357,11 +357,13 @@ def frozen(net: nn.Module):
     """Parameters of a net without gradient, eval mode, weights normalised once."""
     mode, grads = net.training, [p.requires_grad for p in net.parameters()]
     net.eval().requires_grad_(False)
-    with parametrize.cached():
-        yield
-    net.train(mode)
-    for p, grad in zip(net.parameters(), grads):
-        p.requires_grad_(grad)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        net.train(mode)
+        for p, grad in zip(net.parameters(), grads):
+            p.requires_grad_(grad)
 
 
 def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, observed=(),
@@ -395,8 +397,7 @@ def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int,
 
 @torch.no_grad()
 def sample_q(model: Revision, state: dict[str, Tensor], moe: str = "random") -> Tensor:
-    """z ~ q(z|x_observed): [b d], one random expert an item; stratified: a row each, [k b d];
-    product: z ~ q*."""
+    """z ~ q(z|x): [b d], a random expert an item; stratified: a row each, [k b d]; product: q*."""
     experts = [model.encoders[m](v) for m, v in state.items()]
     experts = [product(experts)] if moe == "product" else experts
     z = torch.stack([mu + (0.5 * lv).exp() * torch.randn_like(mu) for mu, lv in experts])
@@ -435,8 +436,7 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             opts[name].step()
         metrics[f"loss_{key}"] = loss.detach()
 
-    autocast = torch.autocast(z.device.type, torch.bfloat16) if args.amp else nullcontext()
-    with autocast:
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=args.amp):
         if phase == "warmup":
             step("warmup", loss_warmup(model, state, args), "gen", "enc")
             return metrics

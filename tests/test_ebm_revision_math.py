@@ -292,3 +292,11 @@ def test_toy_with_four_modes_needs_the_generators_start():
     found = {v: toy_revision.experiment(v, 0, 40)[0] for v in ("full", "both from noise")}
     assert found["full"]["revised"] > 0.7 > 0.5 > found["both from noise"]["revised"]
     assert found["full"]["initial"] > found["full"]["noise"] + 0.3
+
+
+def test_frozen_gives_a_net_back_also_after_an_error():
+    net = nn.Linear(2, 2)
+    with pytest.raises(ZeroDivisionError), er.frozen(net):
+        assert not net.training and not net.weight.requires_grad
+        1 / 0
+    assert net.training and net.weight.requires_grad
