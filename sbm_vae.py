@@ -54,6 +54,7 @@ POLY = dict(z_dim=64, ae_net="resnet", epochs_ae=200, epochs_score=500, batch_si
 PRESETS = {                                                                # --preset ours
     "synth_polymnist": dict(n_modalities=4, n_eval=2000),
     "polymnist": POLY, "polymnist10": POLY | dict(dim=128), "synth_mnist_svhn": {}, "paired": {},
+    "mnist_svhn": dict(epochs_ae=5, epochs_score=45),
     "celebamask_hq": dict(POLY, z_dim=256, vae_beta=[0.1, 1.0, 0.1], lr_ae=2e-4, epochs_ae=300,
                           dim=256, dim_mults=[1, 2, 2, 2, 2], epochs_score=1000, lr_score=1e-4)}
 PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise="none",
