@@ -290,10 +290,14 @@ def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, refe
     """Share of n joint samples in which the judges of all modalities see the same class.
 
     sample(b) -> {m: [b c h w] in [0, 1]}. Keys: coherence_joint if there are two judges or more;
-    with a reference also frechet_clf_<m> and fid_<m>."""
+    classes_joint: e to the entropy of all classes seen, 10 if each of ten is as frequent, 1 for a
+    (coherent) collapse; with a reference also frechet_clf_<m> and fid_<m>."""
     batches = (sample(min(batch_size, n - i)) for i in range(0, n, batch_size))
     classes, stats = _measure(batches, judges, reference.extract if reference else {})
     joint = {"coherence_joint": _agreement(classes)} if len(judges) > 1 else {}
+    if judges:
+        seen = torch.cat(list(classes.values()))
+        joint["classes_joint"] = torch.special.entr(seen.bincount() / len(seen)).sum().exp().item()
     return joint | _distances(stats, reference)
 
 
@@ -424,11 +428,6 @@ def _log_joint(gmm, z: Tensor) -> Tensor:
     weights, means, chol = gmm
     normal = torch.distributions.MultivariateNormal(means, scale_tril=chol)
     return weights.log() + normal.log_prob(z.to(means)[:, None])
-
-
-def gmm_log_prob(gmm, z: Tensor) -> Tensor:
-    """Log density of a mixture from `fit_gmm` at z [n d]: [n] nats, float64."""
-    return _log_joint(gmm, z).logsumexp(1)
 
 
 def sample_gmm(gmm, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -812,6 +811,13 @@ class Run(AbstractContextManager):
         torch.manual_seed(self.args.seed + 10**6 * self.rollbacks + self.rank)
         return _read(path)["state"]
 
+    def time_samples(self, sample) -> None:
+        """result.json's seconds_per_1000: wall seconds of sample(1000), decoded, once warm."""
+        for n in (10, 1000):
+            start = time.monotonic()
+            next(iter(sample(n).values())).sum().item()                     # waits for the device
+        self._about["seconds_per_1000"] = time.monotonic() - start
+
     def stop(self) -> None:
         """Leave after a signal, once saved: SystemExit 130 (Ctrl-C) or 143 (SIGTERM)."""
         name = signal.Signals(self.stop_requested).name
@@ -824,6 +830,7 @@ class Run(AbstractContextManager):
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         result = {"script": self.script, "dataset": self.args.dataset, "seed": self.args.seed,
                   "metrics": finite, "note": dataset_note, "n": n, **extra,
+                  "epochs": {k: v for k, v in vars(self.args).items() if k.startswith("epochs")},
                   "minutes": round(self.wall_s() / 60, 2), **self._about}
         if self.rank == 0:
             _write_json(self.dir / "result.json", result)

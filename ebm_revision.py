@@ -527,7 +527,7 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
 # ---- Evaluation ----------------------------------------------------------------------------------
 def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Every figure twice: revised by the EBM, and with _initial of the generator alone; _noise:
-    chains from noise. With coherence the number of classes seen: a collapse is coherent, too."""
+    chains from noise."""
     torch.manual_seed(args.seed)
     model.requires_grad_(False).eval()
     device, k = run.device, args.x_steps_test
@@ -547,13 +547,11 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
 
     for suffix, init, n_steps in (("", "generator", k), ("_initial", "generator", 0),
                                   ("_noise", "noise", k)):
-        sample = joint(init, n_steps)
-        found = common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
+        found = common.coherence_joint(joint(init, n_steps), judges, args.n_eval, args.eval_batch,
+                                       real)
         if init == "generator":
             found |= common.coherence_cross(given(n_steps), test, judges, args.eval_batch, real)
         metrics |= {key + suffix: value for key, value in found.items()}
-        if judges:
-            metrics["classes_joint" + suffix] = effective_classes(sample(1000), judges)
     metrics |= latent_metrics(model, train_set, test, args, device)
     metrics |= diagnose_chains(model, args, run)
     images = [m for m in test.modalities if test.kinds[m] == "image"]
@@ -562,14 +560,8 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     torch.manual_seed(args.seed)
     rows |= {f"{m}, revised": v for m, v in joint("generator", k)(16).items() if m in images}
     common.draw_samples(run.dir, lambda _: rows, given(k), test.take(slice(8), device, images))
+    run.time_samples(joint("generator", k))
     return metrics
-
-
-def effective_classes(x: dict[str, Tensor], judges: dict) -> float:
-    """exp of the entropy of the classes that judges see in x: 1 (collapse) to 10 (all alike)."""
-    seen = torch.cat([judge(x[m])[0].argmax(1) for m, judge in judges.items()])
-    share = seen.bincount() / len(seen)
-    return torch.special.entr(share).sum().exp().item()
 
 
 def linear_accuracy(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:

@@ -632,6 +632,7 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     if args.z_dim == 2:
         draw_posteriors(model, test.take(slice(3), device), args, run.dir)
+    run.time_samples(sample)
     return metrics
 
 

@@ -673,21 +673,6 @@ def encoded(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
                       for x in data.batches(dataset, args.eval_batch, device=device)])
 
 
-def joint_metrics(sample, judges, n: int, args, reference=None) -> dict[str, float]:
-    """common.coherence_joint and classes_joint: e to the entropy of all classes that the judges
-    see, 10 if each is as frequent, 1 if all samples are of one class: a coherent collapse."""
-    seen = []
-    hooks = [judge.register_forward_hook(lambda *call: seen.append(call[2][0].argmax(1)))
-             for judge in judges.values()]
-    metrics = common.coherence_joint(sample, judges, n, args.eval_batch, reference)
-    for hook in hooks:
-        hook.remove()
-    if seen:
-        share = torch.cat(seen).bincount() / sum(map(len, seen))
-        metrics["classes_joint"] = torch.special.entr(share).sum().exp().item()
-    return metrics
-
-
 def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Bound, coherence under the EBM and under p0, controls, diagnostics, pictures; test split.
 
@@ -711,8 +696,9 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
         z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
         return {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
 
-    metrics |= joint_metrics(sample, judges, args.n_eval, args, real)
-    base = joint_metrics(lambda n: sample(n, 0), judges, args.n_eval, args, real)
+    metrics |= common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
+    base = common.coherence_joint(lambda n: sample(n, 0), judges, args.n_eval, args.eval_batch,
+                                  real)
     metrics |= {f"{key}_base": value for key, value in base.items()}
     cross = common.coherence_cross(generate, test, judges, args.eval_batch, real)
     metrics |= cross | real.metrics
@@ -726,6 +712,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
         metrics |= diagnose_prior(model, test, args, run)
     metrics |= diagnose_posterior(model, test, args, run, use_ebm)
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
+    run.time_samples(sample)
     return metrics
 
 
@@ -743,8 +730,8 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
         priors[f"steps{steps}"] = lambda b, steps=steps: sample_prior(model, b, args, z.device,
                                                                       steps)
     for name, draw in priors.items():
-        joint = joint_metrics(lambda b: joint_images(model, draw(b)), judges,
-                              min(n, args.n_eval), args)
+        joint = common.coherence_joint(lambda b: joint_images(model, draw(b)), judges,
+                                       min(n, args.n_eval), args.eval_batch)
         metrics |= {f"{key}_{name}": value for key, value in joint.items()}
     single = [(m,) for m in test.modalities]
     for steps in dict.fromkeys((0, args.post_steps)):

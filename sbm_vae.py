@@ -52,9 +52,8 @@ import data
 POLY = dict(z_dim=64, ae_net="resnet", epochs_ae=200, epochs_score=500, batch_size=256,
             batch_ae=256, lr_ae=1e-3, lr_score=5e-4, width=512, vae_beta=[0.5], dim=64)
 PRESETS = {                                                                # --preset ours
-    "synth_polymnist": dict(n_modalities=4, n_eval=2000),
+    "synth_polymnist": dict(n_modalities=4, n_eval=2000), "mnist_svhn": dict(epochs_score=45),
     "polymnist": POLY, "polymnist10": POLY | dict(dim=128), "synth_mnist_svhn": {}, "paired": {},
-    "mnist_svhn": dict(epochs_ae=5, epochs_score=45),
     "celebamask_hq": dict(POLY, z_dim=256, vae_beta=[0.1, 1.0, 0.1], lr_ae=2e-4, epochs_ae=300,
                           dim=256, dim_mults=[1, 2, 2, 2, 2], epochs_score=1000, lr_score=1e-4)}
 PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise="none",
@@ -853,10 +852,14 @@ def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run)
     real.features = {m: torch.cat([judge(x[m])[1] for x in data.batches(
         test, args.eval_batch, device=device, names=[m])]) for m, judge in judges.items()}
     latents = encode_all(model, test, args, device).x["z"]
+    images = [m for m in test.modalities if test.kinds[m] == "image"]
 
     def joint(n, **changes):
         return torch.cat([draw(model, min(args.eval_batch, n - i), {}, args, device, **changes)
                           for i in range(0, n, args.eval_batch)])
+
+    def sample(b, targets=images):
+        return model.decode(joint(b), targets)
 
     def generate(x, targets, **changes):
         b = len(next(iter(x.values())))
@@ -869,15 +872,13 @@ def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run)
     metrics |= {f"{k}_reconstructed": v for k, v in measure_joint(
         model, latents, judges, args, real).items() if k.startswith(("coherence", "frechet_clf"))}
     metrics |= measure_joint(model, joint(n), judges, args, real)
-    images = [m for m in test.modalities if test.kinds[m] == "image"]
     if judges:
         metrics |= measure_conditional(generate, test, judges, args, real)
         metrics |= compare_samplers(model, joint, generate, test, judges, args, run, real)
     if set(test.kinds.values()) != {"image"} or "mask" in test.modalities:
-        metrics |= f1_scores(model, joint, generate, test, args)
-    common.draw_samples(
-        run.dir, lambda b: model.decode(joint(b), images), lambda x, targets: generate(x, targets),
-        test.take(slice(8), device, images))
+        metrics |= f1_scores(sample, generate, test, args, device)
+    common.draw_samples(run.dir, sample, generate, test.take(slice(8), device, images))
+    run.time_samples(sample)
     return metrics | real.metrics
 
 
@@ -920,17 +921,16 @@ def compare_samplers(model: SBM, joint, generate, test: data.Dataset, judges, ar
     return metrics
 
 
-def f1_scores(model: SBM, joint, generate, test: data.Dataset, args) -> dict[str, float]:
+def f1_scores(sample, generate, test: data.Dataset, args, device) -> dict[str, float]:
     """f1_<observed>_to_<m> of attributes and mask, given nothing (none) and every proper subset."""
-    metrics, names, device = {}, test.modalities, model.mean.device
+    metrics, names = {}, test.modalities
     for size in range(len(names)):
         for subset in combinations(names, size):
             targets = [m for m in ("mask", "attributes") if m in names and m not in subset]
             found = {m: [] for m in targets}
             for x in data.batches(test, args.eval_batch, device=device):
                 given = {m: x[m] for m in subset}
-                out = generate(given, targets) if given else model.decode(joint(len(x[names[0]])),
-                                                                          targets)
+                out = generate(given, targets) if given else sample(len(x[names[0]]), targets)
                 for m in targets:
                     guess = out[m].sigmoid() if test.kinds[m] == "binary" else out[m]
                     found[m].append((guess, x[m]))

@@ -43,7 +43,7 @@ def test_joint_coherence_of_copies_of_chance_and_of_a_hand_made_case():
     def copies(b):
         sizes.append(b)
         return dict.fromkeys("abc", images(torch.randint(10, (b,))))
-    assert common.coherence_joint(copies, JUDGES, n=25, batch_size=10) == {"coherence_joint": 1.0}
+    assert common.coherence_joint(copies, JUDGES, n=25, batch_size=10)["coherence_joint"] == 1.0
     assert sizes == [10, 10, 5]
 
     def chance(b):
@@ -53,8 +53,17 @@ def test_joint_coherence_of_copies_of_chance_and_of_a_hand_made_case():
     assert joint == pytest.approx(0.1, abs=0.01)
     rows = torch.tensor([[1, 1, 1], [1, 1, 2], [3, 3, 3], [4, 5, 5]]).T          # 2 of 4 agree
     by_hand = common.coherence_joint(lambda b: dict(zip("abc", map(images, rows))), JUDGES, n=4)
-    assert by_hand == {"coherence_joint": 0.5}
-    assert common.coherence_joint(chance, {"a": Reader()}, n=5) == {}      # none to agree with
+    assert by_hand["coherence_joint"] == 0.5
+    assert common.coherence_joint(chance, {}, n=5) == {}
+    alone = common.coherence_joint(chance, {"a": Reader()}, n=5)
+    assert alone.keys() == {"classes_joint"}                               # none to agree with
+
+
+@pytest.mark.parametrize("n_classes", (1, 2, 10))
+def test_classes_joint_tells_collapse_from_coherence(n_classes):
+    same = images(torch.arange(100) % n_classes)
+    metrics = common.coherence_joint(lambda b: {"a": same, "b": same}, JUDGES, n=100)
+    assert metrics == {"coherence_joint": 1.0, "classes_joint": pytest.approx(n_classes, rel=1e-4)}
 
 
 def test_cross_coherence_over_all_subsets_by_hand():

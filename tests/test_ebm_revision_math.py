@@ -249,16 +249,6 @@ def test_interaction_contrast_vanishes_only_for_the_additive_energy(fusion, net)
         assert contrast.abs().max() > 1e-8
 
 
-def test_effective_classes():
-    class Fixed(nn.Module):
-        def forward(self, x):
-            return nn.functional.one_hot(x, 10).float(), None
-    judges, even = {"a": Fixed(), "b": Fixed()}, torch.arange(20) % 10
-    assert er.effective_classes({"a": even, "b": even}, judges) == pytest.approx(10)
-    assert er.effective_classes({"a": 0 * even, "b": 0 * even}, judges) == pytest.approx(1)
-    assert er.effective_classes({"a": even % 2, "b": even % 2}, judges) == pytest.approx(2)
-
-
 def test_text_state_round_trip_and_smoothing():
     model = er.Revision(TEXT, flags())
     tokens = torch.randint(9, (4, 6))

@@ -176,19 +176,6 @@ def test_rates_decay_to_zero_along_a_stage(paired, monkeypatch):
     assert seen == [pytest.approx([0.02 * i, 0.01 * i]) for i in (4, 3, 2, 1)]
 
 
-def test_classes_joint_tells_collapse_from_coherence():
-    args = lep.parse_args([])
-    judges = {m: torch.nn.Module() for m in "ab"}
-    for judge in judges.values():
-        judge.forward = lambda x: (x, x)
-        judge.register_parameter("p", torch.nn.Parameter(torch.zeros(())))
-    for n_classes in (1, 2, 10):
-        image = torch.eye(10)[:n_classes].repeat(100 // n_classes, 1)
-        metrics = lep.joint_metrics(lambda n: {"a": image, "b": image}, judges, 100, args)
-        assert metrics["coherence_joint"] == 1
-        assert metrics["classes_joint"] == pytest.approx(n_classes, rel=1e-4)
-
-
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
     options = ["--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",

@@ -351,3 +351,15 @@ def test_rollback_returns_the_last_checkpoint_three_times_then_stops(open_run, t
     assert resumed.load() == {"step": 8} and resumed.rollbacks == 3
     with pytest.raises(FloatingPointError, match="gap 9, after 3 rollbacks"):
         resumed.rollback("gap 9")
+
+
+def test_seconds_per_1000_samples_leave_the_warm_up_out(open_run):
+    run, naps = open_run(), {10: 0.4, 1000: 0.05}
+
+    def sample(n):
+        time.sleep(naps[n])
+        return {"a": torch.zeros(n)}
+    run.time_samples(sample)
+    run.finish({"loss": 1.0}, "", 5)
+    result = json.loads((run.dir / "result.json").read_text())
+    assert 0.05 <= result["seconds_per_1000"] < 0.4 and result["epochs"] == {}
