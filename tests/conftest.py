@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)                        # for the scripts that tests start
+os.environ["OMP_NUM_THREADS"] = "1"                         # for those too
 torch.set_num_threads(1)                                    # small tensors; bit-equal reruns
 
 
