@@ -31,12 +31,14 @@ Usage
 Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
   D1 text is revised on its logits; the energy sees softmax(logits) times an embedding
   D2 chains use fixed spectral norms, normalised weights computed once a chain; no BatchNorm
-  D3 a chain started at noise has no latent: its terms of steps 3 and 4 are left out
+  D3 a chain started at noise or at D6 has no latent: its terms of steps 3 and 4 are left out
   D4 the z chain has 1 / (2 sigma^2) (theirs 1 / sigma^2); X~ of step 1 is reused in 5 (theirs runs
      the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
   D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
      prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. z chains start from q*, too
      (--z_init q: from the mixture). Wide sigma, so that q* fills the prior; Adam with momentum
+  D6 on synthetic data half the x chains start at data tuples with shuffled modalities (--x_mixed):
+     without these the energy tells real from generated pictures, but not matched from mixed ones
 """
 import argparse
 import json
@@ -58,15 +60,16 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
-            gamma=0.998, weight_decay=5e-4)                                 # of the unimodal code
+            gamma=0.998, weight_decay=5e-4, x_mixed=0.0)                    # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
+X_NOISE, Z_NOISE = ["--x_init", "noise", "--x_mixed", "0"], ["--z_init", "noise"]
 ABLATION = {
-    "full": [], "x from noise": ["--x_init", "noise"], "z from noise": ["--z_init", "noise"],
-    "both from noise": ["--x_init", "noise", "--z_init", "noise"], "staged": ["--staged"],
+    "full": [], "x from noise": X_NOISE, "z from noise": Z_NOISE,
+    "both from noise": X_NOISE + Z_NOISE, "no mixed": ["--x_mixed", "0"], "staged": ["--staged"],
     **{f"k_x {k}": ["--x_steps", str(k), "--x_steps_test", str(k)] for k in (0, 10, 30, 60)},
     **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
     "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
@@ -97,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--moe", default="random", choices=["random", "stratified"], help="experts of z_0")
     flag("--nll", default="per_expert", choices=["per_expert", "mixture"], help="-log q(z|X)")
     flag("--rerun_chain", action=switch, default=False, help="a second x chain, for the EBM")
-    flag("--lr_ebm", type=number(float, 0, open_low=True), default=5e-4)
+    flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-3)
     flag("--lr_gen", type=number(float, 0, open_low=True), default=1e-3)
     flag("--lr_enc", type=number(float, 0, open_low=True), default=1e-3)
     flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
@@ -105,9 +108,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
+    flag("--x_mixed", type=number(float, 0, 0.9), default=0.5, help="share of x chains that start "
+         "at data tuples with shuffled modalities (D6)")
     flag("--z_init", default="product", choices=["product", "q", "noise"])
     flag("--x_steps", type=number(int, 0), default=10, help="k_x")
-    flag("--x_steps_test", type=number(int, 0), default=30)
+    flag("--x_steps_test", type=number(int, 0), default=60)
     flag("--x_step_size", type=number(float, 0, open_low=True), default=1.4)
     flag("--x_noise", type=number(float, 0), default=1e-3, help="temperature (x_noise / step)^2")
     flag("--z_steps", type=number(int, 0), default=5, help="k_z")
@@ -406,11 +411,20 @@ def sample_q(model: Revision, state: dict[str, Tensor], moe: str = "random") -> 
 
 
 @torch.no_grad()
-def sample_joint(model: Revision, z: Tensor, init: str, n_steps: int, args) -> dict[str, Tensor]:
-    """n_steps of revision from the generator's states for z [b d], or from normal noise."""
+def sample_joint(model: Revision, z: Tensor, init: str, n_steps: int, args,
+                 mixed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """n_steps of revision from the generator's states for z [b d], or from normal noise; the first
+    rows start at mixed, if given."""
     start = model.generate(z) if init == "generator" else {
         m: torch.randn(len(z), *shape, device=z.device) for m, shape in model.shapes.items()}
+    for m, v in (mixed or {}).items():
+        start[m] = torch.cat([v, start[m][len(v):]])
     return revise_x(model.ebm, start, n_steps, args)
+
+
+def recombine(state: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """n tuples [n ...] of which modality j is that of data item i + j: real, but incoherent."""
+    return {m: v.roll(-j, 0)[:n] for j, (m, v) in enumerate(state.items())}
 
 
 @torch.no_grad()
@@ -440,7 +454,9 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
         if phase == "warmup":
             step("warmup", loss_warmup(model, state, args), "gen", "enc")
             return metrics
-        x_rev = sample_joint(model, z, args.x_init, args.x_steps, args)
+        n_mixed = int(args.x_mixed * len(z))
+        start_x = args.x_init, args.x_steps, args, recombine(state, n_mixed)
+        x_rev = sample_joint(model, z, *start_x)
         if phase == "full":
             start = args.moe if args.z_init == "q" else "product"
             z_0 = torch.randn_like(z) if args.z_init == "noise" else sample_q(model, state, start)
@@ -448,11 +464,12 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             given = {m: repeat(v, "b ... -> (k b) ...", k=rows) for m, v in state.items()}
             z_rev = revise_z(model, z_0.reshape(-1, model.z_dim), given, args.z_steps, args)
             z_rev = z_rev.reshape(z_0.shape)
-            paired = None if args.x_init == "noise" else x_rev              # D3
-            step("gen", loss_generator(model, state, z_rev, z, paired, args))
-            step("enc", loss_inference(model, state, z_rev, z, paired, args))
+            paired = {m: v[n_mixed:] for m, v in x_rev.items()}             # D3
+            pairs = z_rev, z[n_mixed:], None if args.x_init == "noise" else paired, args
+            step("gen", loss_generator(model, state, *pairs))
+            step("enc", loss_inference(model, state, *pairs))
         if args.rerun_chain:
-            x_rev = sample_joint(model, z, args.x_init, args.x_steps, args)
+            x_rev = sample_joint(model, z, *start_x)
         loss, metrics["gap"] = loss_energy(model.ebm, state, x_rev)
         step("ebm", loss)
     return metrics
