@@ -26,19 +26,19 @@ so x moves by k_x s^2/2 at most: s must suit the distance between a wrong and a 
 Usage
   python ebm_revision.py                                 synthetic digits, small nets, CPU
   python ebm_revision.py --dataset polymnist --data_dir DIR
-  python ebm_revision.py --ablation --warmup 4 --epochs 5   a table of variants; results: README
+  python ebm_revision.py --ablation --warmup 4 --epochs 6   a table of variants; results: README
 
 Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
   D1 text is revised on its logits; the energy sees softmax(logits) times an embedding
   D2 chains use fixed spectral norms, normalised weights computed once a chain; no BatchNorm
-  D3 a chain started at noise or at D6 has no latent: its terms of steps 3 and 4 are left out
+  D3 a chain started at noise has no latent: its terms of steps 3 and 4 are left out
   D4 the z chain has 1 / (2 sigma^2) (theirs 1 / sigma^2); X~ of step 1 is reused in 5 (theirs runs
      the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
   D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
      prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. z chains start from q*, too
      (--z_init q: from the mixture). Wide sigma, so that q* fills the prior; Adam with momentum
-  D6 on synthetic data half the x chains start at data tuples with shuffled modalities (--x_mixed):
-     without these the energy tells real from generated pictures, but not matched from mixed ones
+  D6 a last epoch (--mixed 1) for the EBM alone: half its chains start at data tuples with shuffled
+     modalities, else it tells real from generated pictures, but not matched from mixed tuples
 """
 import argparse
 import json
@@ -60,16 +60,16 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
-            gamma=0.998, weight_decay=5e-4, x_mixed=0.0)                    # of the unimodal code
+            gamma=0.998, weight_decay=5e-4, mixed=0)                        # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
-X_NOISE, Z_NOISE = ["--x_init", "noise", "--x_mixed", "0"], ["--z_init", "noise"]
 ABLATION = {
-    "full": [], "x from noise": X_NOISE, "z from noise": Z_NOISE,
-    "both from noise": X_NOISE + Z_NOISE, "no mixed": ["--x_mixed", "0"], "staged": ["--staged"],
+    "full": [], "no mixed": ["--mixed", "0"], "x from noise": ["--x_init", "noise", "--mixed", "0"],
+    "z from noise": ["--z_init", "noise"], "staged": ["--staged"],
+    "both from noise": ["--x_init", "noise", "--z_init", "noise", "--mixed", "0"],
     **{f"k_x {k}": ["--x_steps", str(k), "--x_steps_test", str(k)] for k in (0, 10, 30, 60)},
     **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
     "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
@@ -88,8 +88,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
     flag("--sigma", type=number(float, 0, open_low=True), default=2.0, help="scale of p(x|z)")
     flag = p.add_argument_group("training").add_argument
-    flag("--epochs", type=number(int, 0), default=20)
+    flag("--epochs", type=number(int, 0), default=21)
     flag("--warmup", type=number(int, 0), default=16, help="first epochs: the VAE alone")
+    flag("--mixed", type=number(int, 0), default=1, help="last epochs: the EBM alone, half of its "
+         "chains from data tuples with shuffled modalities (D6)")
     flag("--staged", action=switch, default=False, help="after warmup the EBM learns alone")
     flag("--max_steps", type=number(int, 0), default=0, help="0: epochs decide")
     flag("--batch_size", type=number(int, 1), default=64, help="over all processes")
@@ -100,7 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--moe", default="random", choices=["random", "stratified"], help="experts of z_0")
     flag("--nll", default="per_expert", choices=["per_expert", "mixture"], help="-log q(z|X)")
     flag("--rerun_chain", action=switch, default=False, help="a second x chain, for the EBM")
-    flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-3)
+    flag("--lr_ebm", type=number(float, 0, open_low=True), default=5e-4)
+    flag("--lr_mixed", type=number(float, 0, open_low=True), default=1e-3, help="EBM, --mixed")
     flag("--lr_gen", type=number(float, 0, open_low=True), default=1e-3)
     flag("--lr_enc", type=number(float, 0, open_low=True), default=1e-3)
     flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
@@ -108,8 +111,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
-    flag("--x_mixed", type=number(float, 0, 0.9), default=0.5, help="share of x chains that start "
-         "at data tuples with shuffled modalities (D6)")
     flag("--z_init", default="product", choices=["product", "q", "noise"])
     flag("--x_steps", type=number(int, 0), default=10, help="k_x")
     flag("--x_steps_test", type=number(int, 0), default=60)
@@ -437,7 +438,8 @@ def sample_given(model: Revision, state: dict[str, Tensor], n_steps: int, args) 
 
 # ---- Training ------------------------------------------------------------------------------------
 def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="full") -> dict:
-    """Steps 1 to 5 of the docstring on a batch. phase: full; warmup of the VAE; ebm alone."""
+    """Steps 1 to 5 of the docstring on a batch. phase: full; warmup of the VAE; ebm
+    alone; mixed: ebm alone, the first half of the chains from shuffled data (D6)."""
     state = model.to_state(x)
     first = next(iter(state.values()))
     z, metrics = torch.randn(len(first), model.z_dim, device=first.device), {}
@@ -454,9 +456,8 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
         if phase == "warmup":
             step("warmup", loss_warmup(model, state, args), "gen", "enc")
             return metrics
-        n_mixed = int(args.x_mixed * len(z))
-        start_x = args.x_init, args.x_steps, args, recombine(state, n_mixed)
-        x_rev = sample_joint(model, z, *start_x)
+        mixed = recombine(state, len(z) // 2) if phase == "mixed" else None
+        x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
         if phase == "full":
             start = args.moe if args.z_init == "q" else "product"
             z_0 = torch.randn_like(z) if args.z_init == "noise" else sample_q(model, state, start)
@@ -464,12 +465,11 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             given = {m: repeat(v, "b ... -> (k b) ...", k=rows) for m, v in state.items()}
             z_rev = revise_z(model, z_0.reshape(-1, model.z_dim), given, args.z_steps, args)
             z_rev = z_rev.reshape(z_0.shape)
-            paired = {m: v[n_mixed:] for m, v in x_rev.items()}             # D3
-            pairs = z_rev, z[n_mixed:], None if args.x_init == "noise" else paired, args
-            step("gen", loss_generator(model, state, *pairs))
-            step("enc", loss_inference(model, state, *pairs))
+            paired = None if args.x_init == "noise" else x_rev              # D3
+            step("gen", loss_generator(model, state, z_rev, z, paired, args))
+            step("enc", loss_inference(model, state, z_rev, z, paired, args))
         if args.rerun_chain:
-            x_rev = sample_joint(model, z, *start_x)
+            x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
         loss, metrics["gap"] = loss_energy(model.ebm, state, x_rev)
         step("ebm", loss)
     return metrics
@@ -511,10 +511,11 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
     worst = torch.zeros((), device=run.device)
     while step < total:
         epoch = step // per_epoch
-        phase = "warmup" if epoch < args.warmup else "ebm" if args.staged else "full"
+        phase = "warmup" if epoch < args.warmup else "mixed" if epoch >= args.epochs - args.mixed \
+            else "ebm" if args.staged else "full"
         for name, opt in opts.items():
             age = max(epoch - args.warmup, 0) if name == "ebm" else epoch
-            lr = getattr(args, f"lr_{name}") * args.gamma**age
+            lr = args.lr_mixed if phase == "mixed" else vars(args)[f"lr_{name}"] * args.gamma**age
             opt.param_groups[0]["lr"] = lr * (0.5**run.rollbacks if name == "ebm" else 1)
         order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,

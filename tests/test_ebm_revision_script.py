@@ -65,7 +65,7 @@ def test_a_run_leaves_all_files_and_eval_only_repeats_it(paired):
     for name in ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
                  "cross.png", "curves.png", "diagnostics.png", "result.json"):
         assert (run_dir / name).stat().st_size > 0, name
-    assert {row["stage"] for row in lines(run_dir)} == {"warmup", "full"}
+    assert {row["stage"] for row in lines(run_dir)} == {"warmup", "full", "mixed"}
     assert {"displacement_a", "energy_initial", "energy_revised", "ess_per_step",
             "recon_nats_q", "recon_nats_revised"} <= set(metrics)
     again = ebm_revision.main(flags(paired, "--eval_only"))
@@ -99,10 +99,10 @@ def test_text_and_images_end_to_end(paired, monkeypatch):
     assert (paired / "runs/ebm_revision/cub/0/result.json").exists()
 
 
-def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
+def test_killed_in_all_stages_and_resumed_equals_the_uninterrupted_run(paired):
     run_dir = paired / "runs/ebm_revision/paired/0"
     process = start(flags(paired, "--ckpt_minutes", "0"))
-    for stage, step in (("warmup", 2), ("full", 5)):
+    for stage, step in (("warmup", 2), ("full", 5), ("mixed", 7)):
         wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -128,7 +128,7 @@ def test_divergence_rolls_back_halves_the_rate_and_stops_after_three(paired, mon
         return metrics
     monkeypatch.setattr(ebm_revision, "train_step", step)
     broken = {5}
-    ebm_revision.main(flags(paired, "--gamma", "1"))
+    ebm_revision.main(flags(paired, "--gamma", "1", "--lr_mixed", "5e-4"))
     events = [row for row in lines(paired / "runs/ebm_revision/paired/0") if "event" in row]
     assert len(events) == 1 and calls[-1] == calls[0] / 2
     broken, calls[:] = set(range(1000)), []

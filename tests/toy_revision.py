@@ -20,10 +20,9 @@ import ebm_revision as er                                                   # no
 CORNERS = torch.tensor([[-0.6, -0.6], [-0.6, 0.6], [0.6, -0.6], [0.6, 0.6]])
 FLAGS = ["--width", "4", "--z_dim", "2", "--sigma", "0.3", "--x_step_size", "0.4", "--x_noise",
          "0.01", "--z_step_size", "0.3", "--z_noise", "0.3", "--x_steps_test", "10",
-         "--lr_ebm", "1e-3", "--lr_gen", "2e-3", "--lr_enc", "2e-3", "--x_mixed", "0"]
+         "--lr_ebm", "1e-3", "--lr_gen", "2e-3", "--lr_enc", "2e-3"]
 NOISE = {"full": [], "x from noise": ["--x_init", "noise"], "z from noise": ["--z_init", "noise"],
-         "both from noise": ["--x_init", "noise", "--z_init", "noise"],
-         "mixed starts": ["--x_mixed", "0.5"]}
+         "both from noise": ["--x_init", "noise", "--z_init", "noise"]}
 
 
 def draw(n: int) -> dict[str, torch.Tensor]:
