@@ -63,7 +63,8 @@ METHODS = {
     "sbm_vae": ("latents of different items", "_independent", {
         "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("default", "default")}),
     "latent_ebm_prior": ("Laplace prior (MMVAE+)", "_base", {
-        "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("small", "small")}),
+        "synth_mnist_svhn": ("default", "default"),
+        "mnist_svhn": ("shared-small", "shared-small")}),
     "ebm_revision": ("generator alone", "_initial", {
         "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("small", "small")})}
 
