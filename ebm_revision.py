@@ -26,7 +26,7 @@ so x moves by k_x s^2/2 at most: s must suit the distance between a wrong and a 
 Usage
   python ebm_revision.py                                 synthetic digits, small nets, CPU
   python ebm_revision.py --dataset polymnist --data_dir DIR
-  python ebm_revision.py --ablation --warmup 4 --epochs 6   a table of variants; results: README
+  python ebm_revision.py --ablation --warmup 4 --epochs 5   a table of variants; results: README
 
 Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
   D1 text is revised on its logits; the energy sees softmax(logits) times an embedding
@@ -37,8 +37,8 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
   D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
      prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. z chains start from q*, too
      (--z_init q: from the mixture). Wide sigma, so that q* fills the prior; Adam with momentum
-  D6 a last epoch (--mixed 1) for the EBM alone: half its chains start at data tuples with shuffled
-     modalities, else it tells real from generated pictures, but not matched from mixed tuples
+  D6 --mixed: last epochs for the EBM alone, half its chains from data tuples with shuffled
+     modalities; without, it tells real from generated pictures, but not matched from mixed tuples
 """
 import argparse
 import json
@@ -60,16 +60,15 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
-            gamma=0.998, weight_decay=5e-4, mixed=0)                        # of the unimodal code
+            gamma=0.998, weight_decay=5e-4)                                 # of the unimodal code
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
 ABLATION = {
-    "full": [], "no mixed": ["--mixed", "0"], "x from noise": ["--x_init", "noise", "--mixed", "0"],
-    "z from noise": ["--z_init", "noise"], "staged": ["--staged"],
-    "both from noise": ["--x_init", "noise", "--z_init", "noise", "--mixed", "0"],
+    "full": [], "x from noise": ["--x_init", "noise"], "z from noise": ["--z_init", "noise"],
+    "both from noise": ["--x_init", "noise", "--z_init", "noise"], "staged": ["--staged"],
     **{f"k_x {k}": ["--x_steps", str(k), "--x_steps_test", str(k)] for k in (0, 10, 30, 60)},
     **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
     "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
@@ -88,9 +87,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
     flag("--sigma", type=number(float, 0, open_low=True), default=2.0, help="scale of p(x|z)")
     flag = p.add_argument_group("training").add_argument
-    flag("--epochs", type=number(int, 0), default=21)
+    flag("--epochs", type=number(int, 0), default=20)
     flag("--warmup", type=number(int, 0), default=16, help="first epochs: the VAE alone")
-    flag("--mixed", type=number(int, 0), default=1, help="last epochs: the EBM alone, half of its "
+    flag("--mixed", type=number(int, 0), default=0, help="last epochs: the EBM alone, half of its "
          "chains from data tuples with shuffled modalities (D6)")
     flag("--staged", action=switch, default=False, help="after warmup the EBM learns alone")
     flag("--max_steps", type=number(int, 0), default=0, help="0: epochs decide")
@@ -113,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--x_init", default="generator", choices=["generator", "noise"])
     flag("--z_init", default="product", choices=["product", "q", "noise"])
     flag("--x_steps", type=number(int, 0), default=10, help="k_x")
-    flag("--x_steps_test", type=number(int, 0), default=60)
+    flag("--x_steps_test", type=number(int, 0), default=30)
     flag("--x_step_size", type=number(float, 0, open_low=True), default=1.4)
     flag("--x_noise", type=number(float, 0), default=1e-3, help="temperature (x_noise / step)^2")
     flag("--z_steps", type=number(int, 0), default=5, help="k_z")

@@ -18,7 +18,7 @@ import ebm_revision
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "2", "--width", "4", "--x_steps", "2", "--x_steps_test", "4", "--z_steps", "2",
         "--cond_z_steps", "2", "--batch_size", "32", "--epochs", "4", "--warmup", "1",
-        "--log_every", "1", "--eval_batch", "64", "--n_eval", "30"]
+        "--mixed", "1", "--log_every", "1", "--eval_batch", "64", "--n_eval", "30"]
 
 
 @pytest.fixture
