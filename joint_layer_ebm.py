@@ -39,7 +39,7 @@ Deviations from the authors' public code
 import argparse
 import math
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,9 @@ SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[
              prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=3e-4, epochs_backbone=5, epochs=2,
              width=24)
 DIGITS = SYNTH | dict(z_dims=[16, 12, 8], epochs_backbone=15, epochs=15)
-ANOMALY = dict(scheme="two_stage", net="mlp", width=256, z_dims=[1, 1, 6], prior_hidden=64,
-               f_hidden=[200], f_layers=[2], prior_layers=2, prior_steps=10, prior_step_size=0.02,
-               batch_size=200, lr=1e-3, lr_ebm=2e-3, epochs_backbone=35, epochs=12, max_gap=1e5)
+ANOMALY = SYNTH | dict(scheme="two_stage", net="mlp", width=256, z_dims=[1, 1, 6], prior_hidden=64,
+                       f_hidden=[32, 32, 200], prior_steps=10, prior_step_size=0.02, max_gap=1e5,
+                       batch_size=200, lr_ebm=2e-3, epochs_backbone=35, epochs=12)
 PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": ANOMALY, "fashion_mnist": DIGITS,
            "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
            "celeba": dict(net="celeba", z_dims=[100, 100])}
@@ -83,8 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--net", default="ladder", choices=["ladder", "mlp", "deep", *STACKS],
          help="cifar, svhn, celeba: the authors' two layers, g sees z_1 only")
     flag("--z_dims", type=one, nargs="+", default=[128, 100], help="z_1, .., z_L")
-    flag("--width", type=common.number(int, 4), default=32,
-         help="channels: ladder's lowest, deep; units: mlp")
+    flag("--width", type=common.number(int, 4), default=32, help="channels; of mlp: units")
     flag("--groups", type=count, nargs="+", default=[2, 1],
          help="deep: latent groups on each scale, smallest maps (4 x 4) first")
     flag("--group_dim", type=one, default=4, help="deep: channels of a group")
@@ -146,7 +145,6 @@ def bounded(log_std: Tensor, bound: float = 3.0) -> Tensor:
 
 class TopDown(nn.Module):
     """p0(z) = N(z_L; 0, I) prod_i N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2), and T: eps -> z.
-
     On the way down a state carries the layers seen so far; here it is those, side by side."""
 
     def __init__(self, dims: list[int], hidden: int = 200, n_hidden: int = 4):
@@ -342,17 +340,16 @@ class LadderEncoder(nn.Module):
         return lambda i, *_: q[i]
 
 
-class MLPEncoder(nn.Module):
+class MLPEncoder(nn.Sequential):
     """q(z|x) = prod q(z_i|x), all from one MLP."""
 
     def __init__(self, dims: list[int], shape: tuple[int, int, int], width: int):
-        super().__init__()
+        super().__init__(nn.Flatten(), mlp(math.prod(shape), width, width, 2 * sum(dims)))
         self.dims, self.exact = dims, [True] * len(dims)
-        self.net = mlp(math.prod(shape), width, width, 2 * sum(dims))
 
     def forward(self, x: Tensor, noise: Tensor):
-        q = [half.split(self.dims, 1) for half in self.net(x.flatten(1)).chunk(2, dim=1)]
-        return lambda i, *_: (q[0][i], q[1][i])
+        mu, log_std = (half.split(self.dims, 1) for half in super().forward(x).chunk(2, dim=1))
+        return lambda i, *_: (mu[i], log_std[i])
 
 
 class Energies(nn.Module):
@@ -363,8 +360,7 @@ class Energies(nn.Module):
         super().__init__()
         self.dims, self.shapes, self.nets = prior.dims, prior.shapes, nn.ModuleList()
         for i, (n, *side) in enumerate(self.shapes if any(hidden) else []):
-            width, depth = (v[min(i, len(v) - 1)] for v in (hidden, n_hidden))
-            layers = []
+            (width, depth), layers = (v[min(i, len(v) - 1)] for v in (hidden, n_hidden)), []
             if side:
                 s, depth = side[0], max(round(math.log2(side[0] / 4)), 1)
                 while s > 4:
@@ -387,8 +383,6 @@ class JointEBM(nn.Module):
     def __init__(self, shape: tuple[int, int, int], args: argparse.Namespace):
         super().__init__()
         self.amp, self.net, dims, width = args.amp, args.net, args.z_dims, args.width
-        if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
-            raise ValueError(f"--net {args.net} is not made for images of {shape}; try ladder")
         self.prior = TopDown(dims, args.prior_hidden, args.prior_layers) if args.net != "deep" \
             else DeepTopDown(args.groups, args.group_dim, width)
         if args.net == "deep":
@@ -455,7 +449,6 @@ def log_lik(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
 def log_target(model: JointEBM, u: Tensor, space: str, x: Tensor | None = None,
                sigma: float = 1.0) -> Tensor:
     """What chains climb, u [b d] = eps or z: log of the tilted prior; given x, of the posterior.
-
     eps:  f(T(u)) + log N(u; 0, I) [+ log p(x|T(u))];   z:  f(u) + log p0(u) [+ log p(x|u)]
     With space z this is also log p(x, z) + const, the score of anomaly and OOD detection."""
     z = model.prior.to_z(u) if space == "eps" else u
@@ -494,7 +487,6 @@ def vae_loss(model: JointEBM, x: Tensor, args, kl_weight: float = 1.0,
 # ---- Sampler -------------------------------------------------------------------------------------
 def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
     """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s noise; here z stands for z or eps.
-
     log_prob [b d] -> [b] nats, unnormalised; rows must not interact. Returns [b d], detached; the
     given z stays as it is. On N(0, v) the variance settles at v / (1 - s^2 / 4v)."""
     z = z.detach()
@@ -509,7 +501,6 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
 def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
           x: Tensor | None = None, keep: int | None = None) -> Tensor:
     """n_steps from z [b d] towards the tilted prior or, given x [b c h w], the posterior; [b d].
-
     On eps or z as --space says. keep = k: on eps, and only layers 1 .. k move."""
     if n_steps == 0:
         return z
@@ -534,8 +525,8 @@ def sample_posterior(model: JointEBM, x: Tensor, args) -> Tensor:
     if args.scheme != "mcmc":
         with torch.no_grad():
             return model.posterior(x)[0]
-    z = model.prior.sample(len(x), x.device)
-    return chain(model, z, args.post_steps, args.post_step_size, args, x)
+    start = model.prior.sample(len(x), x.device)
+    return chain(model, start, args.post_steps, args.post_step_size, args, x)
 
 
 @torch.no_grad()
@@ -551,7 +542,6 @@ def resample_below(model: JointEBM, z: Tensor, k: int, n_steps: int, args) -> Te
 def train_step(model: JointEBM, x: Tensor, stage: str, opt, opt_ebm, args,
                kl_weight: float = 1.0) -> dict[str, Tensor]:
     """One step on x [b c h w] in [0, 1]; stage: backbone (VAE), joint, energy (the rest frozen).
-
     A parameter takes gradients only within the loss that trains it. opt is of all but energies."""
     x, metrics = 2 * x - 1, {}
     model.requires_grad_(False)
@@ -595,10 +585,8 @@ def optimisers(model: JointEBM, args, run) -> list[torch.optim.Adam]:
     return opts
 
 
-def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, held: data.Dataset,
-          args, run) -> list[list[float]]:
+def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[list[float]]:
     """Backbone steps, then those of the scheme; returns the AUPRCs after each of the last epochs.
-
     Chains that diverge: back to the last checkpoint, with half the learning rate of the energies.
     """
     m, per_epoch = image_name(train_set), max(len(train_set) // args.batch_size, 1)
@@ -607,6 +595,7 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, held: da
                     for n in (args.epochs_backbone, args.epochs))
     total, n_epochs = first + later, math.ceil((first + later) / per_epoch)
     alarm = torch.zeros((), dtype=torch.bool, device=run.device)
+    main_stage = "energy" if args.scheme == "two_stage" else "joint"
 
     def save():
         run.save({"step": step, "model": model.state_dict(), "auprc": auprc,
@@ -628,8 +617,7 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, held: da
         order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
                               run.rank, run.world, [m]):
-            stage = "energy" if args.scheme == "two_stage" else "joint"
-            stage = "backbone" if step < first else stage
+            stage = "backbone" if step < first else main_stage
             step += 1
             kl_weight = min(1.0, step / max(args.kl_warmup, 1))
             metrics = train_step(model, x[m], stage, *opts, args, kl_weight)
@@ -644,7 +632,7 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, held: da
                 run.log(stage=stage, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
             if last and args.held_out >= 0 and epoch >= n_epochs - args.last_epochs:
-                auprc.append(anomaly_auprc(model, test, held, args, run.device))
+                auprc.append(anomaly_auprc(model, tests, args, run.device))
                 run.log(step=step, epoch=epoch, split="test", **dict(zip(AUPRC, auprc[-1])))
             if due or step == first:
                 save()
@@ -682,17 +670,15 @@ def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0) -> 
     return torch.cat(values).cpu()
 
 
-def anomaly_auprc(model: JointEBM, test: data.Dataset, held: data.Dataset, args,
-                  device) -> list[float]:
-    """Average precision of -log p(x, z) for the class that was held out, and without f; the same
-    with five times as many of that class: the public codes test on a fifth of the normal images
-    and on all of the class, so that chance is 0.33 to 0.39 on MNIST instead of 0.09 to 0.11."""
+def anomaly_auprc(model: JointEBM, tests: list[data.Dataset], args, device) -> list[float]:
+    """Average precision of -log p(x, z), and without f, for the class held out; then with 5 times
+    as many of it, from the second set: MEG's code tests on 20 % of the normal and all of these."""
     model.requires_grad_(False)
-    held = held.head(4 * int((test.y == args.held_out).sum()))
+    test, n = tests[0], len(tests[0])
+    held = tests[1].head(4 * int((test.y == args.held_out).sum()))
     score = -torch.cat([scores(model, part, args, device) for part in (test, held)])
     out = torch.cat([test.y, held.y]).cpu() == args.held_out
-    return [common.average_precision(score[:n, i], out[:n])
-            for n in (len(test), len(score)) for i in (0, 1)]
+    return [common.average_precision(score[:e, i], out[:e]) for e in (n, None) for i in (0, 1)]
 
 
 def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, float]:
@@ -706,11 +692,11 @@ def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, flo
     for k in range(len(model.prior.dims)):
         score = torch.cat([scores(model, s.head(n), args, run.device, k) for s in (test, out)])
         first = score if k == 0 else first
-        for name, value in {f"l{k}": score, f"llr{k}": score - first}.items():
-            for end, v in zip(("", "_plain"), value.unbind(1)):
-                if name != "llr0":
-                    metrics |= {f"ood_auroc_{name}{end}": common.auroc(v, labels),
-                                f"ood_auprc_{name}{end}": common.average_precision(v, labels)}
+        found = {f"l{k}": score} | ({f"llr{k}": score - first} if k else {})
+        for (name, value), i in product(found.items(), (0, 1)):
+            name += i * "_plain"
+            metrics |= {f"ood_auroc_{name}": common.auroc(value[:, i], labels),
+                        f"ood_auprc_{name}": common.average_precision(value[:, i], labels)}
     return metrics
 
 
@@ -723,9 +709,8 @@ def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float
         pictures[f"K = {k}"] = images(model, z[:16])
         found = common.coherence_joint(lambda _: {m: images(model, next(parts))}, judges,
                                        args.n_eval, args.eval_batch, real)
-        metrics |= {f"{key.removesuffix('_' + m)}_k{k}": v for key, v in found.items()}
-        if k == args.prior_steps:
-            metrics |= {key.removesuffix(f"_{m}"): v for key, v in found.items()}
+        for end in (f"_k{k}", "")[:1 + (k == args.prior_steps)]:
+            metrics |= {key.removesuffix(f"_{m}") + end: v for key, v in found.items()}
     common.save_joint_grid(run.dir / "samples.png", pictures)
     return metrics
 
@@ -749,51 +734,49 @@ def draw_layers(model: JointEBM, x: Tensor, args, run) -> None:
         pictures = images(model, prior.to_z(rows.flatten(0, 1)))
         common.save_grid(run.dir / f"layer_{i + 1}.png", pictures, n + 1, f"layer {i + 1} varied")
     z = sample_posterior(model, repeat(2 * x - 1, "r ... -> (r s) ...", s=2), args)
-    again = {f"above {k} kept": images(model, resample_below(model, z, k, args.prior_steps, args))
+    again = {f"above {k} kept": rearrange(images(model, resample_below(
+        model, z, k, args.prior_steps, args)), "(r s) c h w -> r s c h w", s=2)
              for k in range(len(dims))}
-    again = {name: rearrange(v, "(r s) ... -> r s ...", s=2) for name, v in again.items()}
     common.save_cross_grid(run.dir / "cross.png", {"test": x}, {"test": again})
 
 
 def diagnose_chains(model: JointEBM, args, run, n: int = 64, every: int = 5) -> dict[str, float]:
     """n chains of --long_steps from p0: -f, and how the chains mix in eps."""
-    z, energy, trace = model.prior.sample(n, run.device), [], []
-    for t in range(0, args.long_steps + 1, every):
-        z = chain(model, z, every if t else 0, args.prior_step_size, args)
-        with torch.no_grad():
-            energy.append(-model.energies(z).sum(1).cpu())
-            trace.append(model.prior.to_eps(z).cpu())
-    energy, trace = torch.stack(energy), torch.stack(trace)                # [n c], [n c d]
-    report = common.chain_report(trace[len(trace) // 5:], run.dir / "diagnostics.png", math.nan,
-                                 energy)
+    path = [model.prior.sample(n, run.device)]
+    for _ in range(args.long_steps // every):
+        path.append(chain(model, path[-1], every, args.prior_step_size, args))
+    with torch.no_grad():
+        energy = torch.stack([-model.energies(z).sum(1).cpu() for z in path])              # [n c]
+        eps = torch.stack([model.prior.to_eps(z).cpu() for z in path[len(path) // 5:]])  # [n c d]
+    report = common.chain_report(eps, run.dir / "diagnostics.png", math.nan, energy)
     at = {"start": 0, "k": args.prior_steps // every, "end": -1}
     return {"r_hat": report["r_hat"], "r_hat_95": report["r_hat_95"],
             "ess_per_step": report["ess_per_step"] / every,
             **{f"energy_{name}": energy[i].mean().item() for name, i in at.items()}}
 
 
-def evaluate(model: JointEBM, train_set: data.Dataset, test: data.Dataset, held: data.Dataset,
+def evaluate(model: JointEBM, train_set: data.Dataset, tests: list[data.Dataset],
              auprc: list[list[float]], judges, args, run) -> dict[str, float]:
     """Fréchet distance against the number of steps, pictures, chains, anomaly and OOD; test split.
     A class that was held out is not in the distances."""
     torch.manual_seed(args.seed)
     model.requires_grad_(False).eval()
-    m, metrics = image_name(test), {}
+    m, metrics, test = image_name(train_set), {}, tests[0]
     if args.held_out >= 0:
-        auprc = torch.tensor(auprc or [anomaly_auprc(model, test, held, args, run.device)])
+        auprc = torch.tensor(auprc or [anomaly_auprc(model, tests, args, run.device)])
         for end, found in {"": auprc[-1], "_mean": auprc.mean(0),
                            "_sd": auprc.std(0, correction=0)}.items():
             metrics |= {name + end: v for name, v in zip(AUPRC, found.tolist())}
         test = subset(test, test.y != args.held_out)
     if args.ood:
         metrics |= ood_metrics(model, test, args, run)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir,
-                                                                           run.device))
+    inception = common.load_inception(args.data_dir, run.device)
+    real = common.reference(test, train_set, judges, inception)
     metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
     metrics |= quality(model, judges, real, m, args, run)
     x = test.take(slice(args.eval_batch), run.device, [m])[m]
-    z = sample_posterior(model, 2 * x - 1, args)
-    metrics["recon_mse"] = ((images(model, z) - x)**2).mean().item()
+    error = images(model, sample_posterior(model, 2 * x - 1, args)) - x
+    metrics["recon_mse"] = (error**2).mean().item()
     draw_layers(model, x[:8], args, run)
     return metrics | diagnose_chains(model, args, run)
 
@@ -806,16 +789,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         common.seed_everything(args.seed)
         train_set, test = (data.load(args.dataset, split, args.data_dir, n=n).to(run.device)
                            for split, n in (("train", args.n_train), ("test", args.n_test)))
-        everything, held = train_set, None
+        everything, tests = train_set, [test]
         if args.held_out >= 0:
             if train_set.y is None:
                 raise common.RunError(f"--held_out: {args.dataset} has no labels")
-            train_set, held = (subset(everything, (everything.y == args.held_out) == out)
-                               for out in (False, True))
-        try:
-            model = JointEBM(train_set.shapes[image_name(train_set)], args)
-        except ValueError as error:
-            raise common.RunError(error) from None
+            train_set = subset(everything, everything.y != args.held_out)
+            tests.append(subset(everything, everything.y == args.held_out))
+        shape = train_set.shapes[image_name(train_set)]
+        if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
+            raise common.RunError(f"--net {args.net} is not made for images of {shape}; try ladder")
+        model = JointEBM(shape, args)
         model.to(run.device, memory_format=torch.channels_last).eval()
         run.start(model)
         if args.compile:
@@ -826,11 +809,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             model.load_state_dict(state["model"])
             auprc = state["auprc"]
         else:
-            auprc = train(model, train_set, test, held, args, run)
+            auprc = train(model, train_set, tests, args, run)
         args.n_eval = min(args.n_eval, len(test))
-        judges = common.load_judges(everything, test, Path(args.out_dir) / "judges", run.device,
-                                    run.say)
-        metrics = evaluate(model, train_set, test, held, auprc, judges, args, run)
+        judges = common.load_judges(everything, test, f"{args.out_dir}/judges", run.device, run.say)
+        metrics = evaluate(model, train_set, tests, auprc, judges, args, run)
         return run.finish(metrics, train_set.note, len(test))
 
 

@@ -449,7 +449,7 @@ def test_anomaly_auprc_of_both_shares(monkeypatch):
         return data.Dataset({"m": torch.zeros(len(y), 1, 2, 2, dtype=torch.uint8)}, y,
                             {"m": "image"}, "m", "test")
     model = SimpleNamespace(requires_grad_=lambda _: None)
-    found = jl.anomaly_auprc(model, made(y), made(held), argparse.Namespace(held_out=3), "cpu")
+    found = jl.anomaly_auprc(model, [made(y), made(held)], argparse.Namespace(held_out=3), "cpu")
     assert asked == [8, 8]
     # ranks, most anomalous first: 1 normal, 2 out, 4 out, 5 .. 9 normal
     assert found[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
@@ -469,4 +469,4 @@ def test_mlp_nets_see_all_layers_and_encode_each():
     q = model.encoder(x, None)
     assert [q(i)[j].shape[1] for i in range(3) for j in (0, 1)] == [4, 4, 3, 3, 2, 2]
     assert torch.equal(torch.cat([q(i)[0] for i in range(3)] + [q(i)[1] for i in range(3)], 1),
-                       model.encoder.net(x.flatten(1)))
+                       nn.Sequential.forward(model.encoder, x))
