@@ -33,13 +33,12 @@ Deviations from the authors' public code
   D2 the target on eps has -|eps|^2 / 2 (theirs, two-stage: log p0(T(eps)), which is not its law)
   D3 log sigma_i is bounded by a tanh (theirs is not: at sigma 0.01 a chain on z explodes)
   D4 p0(z_L) has standard deviation 1 (theirs 1.01)
-  D5 two_stage takes steps of 0.1 and more: a sampler (theirs 0.006: rather a gradient flow)
+  D5 two_stage takes steps of 0.1: a sampler (theirs 0.006, mnist's here 0.02: a gradient flow)
   D6 variational, too, may begin with the VAE alone (--epochs_backbone); diverged runs roll back
 """
 import argparse
 import math
 from dataclasses import replace
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          help="cifar, svhn, celeba: the authors' two layers, g sees z_1 only")
     flag("--z_dims", type=one, nargs="+", default=[128, 100], help="z_1, .., z_L")
     flag("--width", type=common.number(int, 4), default=32, help="channels; of mlp: units")
-    flag("--groups", type=count, nargs="+", default=[2, 1],
-         help="deep: latent groups on each scale, smallest maps (4 x 4) first")
+    flag("--groups", type=count, nargs="+", default=[2, 1], help="deep: a scale, 4 x 4 maps first")
     flag("--group_dim", type=one, default=4, help="deep: channels of a group")
     flag("--prior_hidden", type=one, default=200)
     flag("--prior_layers", type=count, default=4, help="hidden layers of mu_i, sigma_i")
@@ -451,9 +449,8 @@ def log_target(model: JointEBM, u: Tensor, space: str, x: Tensor | None = None,
     """What chains climb, u [b d] = eps or z: log of the tilted prior; given x, of the posterior.
     eps:  f(T(u)) + log N(u; 0, I) [+ log p(x|T(u))];   z:  f(u) + log p0(u) [+ log p(x|u)]
     With space z this is also log p(x, z) + const, the score of anomaly and OOD detection."""
-    z = model.prior.to_z(u) if space == "eps" else u
-    log_p = log_normal(u) if space == "eps" else model.prior.log_prob(u)
-    log_p = log_p + model.energies(z).sum(1)
+    z, p0 = (model.prior.to_z(u), log_normal) if space == "eps" else (u, model.prior.log_prob)
+    log_p = p0(u) + model.energies(z).sum(1)
     return log_p if x is None else log_p + log_lik(x, model.decode(z), sigma)
 
 
@@ -498,6 +495,7 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
     return z
 
 
+@torch.no_grad()
 def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
           x: Tensor | None = None, keep: int | None = None) -> Tensor:
     """n_steps from z [b d] towards the tilted prior or, given x [b c h w], the posterior; [b d].
@@ -505,13 +503,11 @@ def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
     if n_steps == 0:
         return z
     space, low = ("eps", sum(model.prior.dims[:keep])) if keep else (args.space, z.shape[1])
-    with torch.no_grad():
-        u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
+    u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
     u = langevin(lambda v: log_target(model, torch.cat([v, still], 1), space, x, args.sigma),
                  u, n_steps, step_size)
-    with torch.no_grad():
-        u = torch.cat([u, still], 1)
-        return model.prior.to_z(u) if space == "eps" else u
+    u = torch.cat([u, still], 1)
+    return model.prior.to_z(u) if space == "eps" else u
 
 
 def sample_prior(model: JointEBM, n: int, device, args) -> Tensor:
@@ -523,8 +519,7 @@ def sample_prior(model: JointEBM, n: int, device, args) -> Tensor:
 def sample_posterior(model: JointEBM, x: Tensor, args) -> Tensor:
     """z+ [b d] given x [b c h w] in [-1, 1]: by chains from p0 (scheme mcmc), else from q."""
     if args.scheme != "mcmc":
-        with torch.no_grad():
-            return model.posterior(x)[0]
+        return model.posterior(x)[0].detach()
     start = model.prior.sample(len(x), x.device)
     return chain(model, start, args.post_steps, args.post_step_size, args, x)
 
@@ -533,9 +528,8 @@ def sample_posterior(model: JointEBM, x: Tensor, args) -> Tensor:
 def resample_below(model: JointEBM, z: Tensor, k: int, n_steps: int, args) -> Tensor:
     """z [b d] with layers 1 .. k anew given those above: from p0, then n_steps of Langevin."""
     eps, low = model.prior.to_eps(z), sum(model.prior.dims[:k])
-    eps = torch.cat([torch.randn_like(eps[:, :low]), eps[:, low:]], 1)
-    return chain(model, model.prior.to_z(eps), n_steps if k else 0, args.prior_step_size, args,
-                 keep=k)
+    z = model.prior.to_z(torch.cat([torch.randn_like(eps[:, :low]), eps[:, low:]], 1))
+    return chain(model, z, n_steps if k else 0, args.prior_step_size, args, keep=k)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -662,9 +656,8 @@ def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0) -> 
         x, value = 2 * x.popitem()[1] - 1, 0.0
         for _ in range(n_samples):
             z = resample_below(model, sample_posterior(model, x, args), k, args.ood_steps, args)
-            with torch.no_grad():
-                log_p = log_target(model, z, "z", x, args.sigma)
-                plain = log_p - model.energies(z).sum(1)
+            log_p = log_target(model, z, "z", x, args.sigma)
+            plain = log_p - model.energies(z).sum(1)
             value = value + torch.stack([log_p, plain], 1) / n_samples
         values.append(value)
     return torch.cat(values).cpu()
@@ -693,10 +686,10 @@ def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, flo
         score = torch.cat([scores(model, s.head(n), args, run.device, k) for s in (test, out)])
         first = score if k == 0 else first
         found = {f"l{k}": score} | ({f"llr{k}": score - first} if k else {})
-        for (name, value), i in product(found.items(), (0, 1)):
-            name += i * "_plain"
-            metrics |= {f"ood_auroc_{name}": common.auroc(value[:, i], labels),
-                        f"ood_auprc_{name}": common.average_precision(value[:, i], labels)}
+        for name, both in found.items():
+            for end, value in zip(("", "_plain"), both.unbind(1)):
+                metrics |= {f"ood_auroc_{name}{end}": common.auroc(value, labels),
+                            f"ood_auprc_{name}{end}": common.average_precision(value, labels)}
     return metrics
 
 
@@ -715,7 +708,6 @@ def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float
     return metrics
 
 
-@torch.no_grad()
 def images(model: JointEBM, z: Tensor) -> Tensor:
     """g(z) in [0, 1]."""
     return model.decode(z) / 2 + 0.5
@@ -745,9 +737,8 @@ def diagnose_chains(model: JointEBM, args, run, n: int = 64, every: int = 5) -> 
     path = [model.prior.sample(n, run.device)]
     for _ in range(args.long_steps // every):
         path.append(chain(model, path[-1], every, args.prior_step_size, args))
-    with torch.no_grad():
-        energy = torch.stack([-model.energies(z).sum(1).cpu() for z in path])              # [n c]
-        eps = torch.stack([model.prior.to_eps(z).cpu() for z in path[len(path) // 5:]])  # [n c d]
+    energy = torch.stack([-model.energies(z).sum(1).cpu() for z in path])                # [n c]
+    eps = torch.stack([model.prior.to_eps(z).cpu() for z in path[len(path) // 5:]])      # [n c d]
     report = common.chain_report(eps, run.dir / "diagnostics.png", math.nan, energy)
     at = {"start": 0, "k": args.prior_steps // every, "end": -1}
     return {"r_hat": report["r_hat"], "r_hat_95": report["r_hat_95"],
@@ -801,9 +792,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = JointEBM(shape, args)
         model.to(run.device, memory_format=torch.channels_last).eval()
         run.start(model)
-        if args.compile:
-            for part in filter(None, (model.generator, model.encoder, model.energies)):
-                part.compile()
+        for part in [*model.backbone()[1:], model.energies] if args.compile else []:
+            part.compile()
         if args.eval_only:
             state = run.load(args.checkpoint, free=EVAL_FLAGS)
             model.load_state_dict(state["model"])
