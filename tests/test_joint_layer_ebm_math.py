@@ -100,6 +100,14 @@ def test_tilted_prior_has_the_closed_form_precision_in_both_spaces():
     assert torch.allclose(hessian(model, "eps"), JAC.T @ PREC @ JAC, atol=1e-4)
 
 
+def test_target_on_eps_has_the_normal_of_eps_and_not_p0():
+    model, eps = model_of(settings()), torch.randn(20, 9, dtype=torch.float64)
+    z = model.prior.to_z(eps)
+    want = Normal(0.0, 1.0).log_prob(eps).sum(1) + model.energies(z).sum(1)
+    assert torch.allclose(jl.log_target(model, eps, "eps"), want, atol=1e-4)
+    assert model.prior.at(z)[1].sum(1).std() > 0.05             # else the two would be equal
+
+
 def test_posterior_target_adds_the_likelihood():
     model, x = linear_model(), torch.full((1, 1, 1, 1), 0.9)
     extra = torch.zeros(2, 2)
