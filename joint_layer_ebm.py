@@ -33,13 +33,12 @@ Deviations from the authors' public code
   D2 the target on eps has -|eps|^2 / 2 (theirs, two-stage: log p0(T(eps)), which is not its law)
   D3 log sigma_i is bounded by a tanh (theirs is not: at sigma 0.01 a chain on z explodes)
   D4 p0(z_L) has standard deviation 1 (theirs 1.01)
-  D5 two_stage takes steps of 0.1 and more: a sampler (theirs 0.006: rather a gradient flow)
+  D5 two_stage takes steps of 0.1: a sampler (theirs 0.006, mnist's here 0.02: a gradient flow)
   D6 variational, too, may begin with the VAE alone (--epochs_backbone); diverged runs roll back
 """
 import argparse
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +56,17 @@ SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[
              prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=3e-4, epochs_backbone=5, epochs=2,
              width=24)
 DIGITS = SYNTH | dict(z_dims=[16, 12, 8], epochs_backbone=15, epochs=15)
-PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": DIGITS, "fashion_mnist": DIGITS,
+ANOMALY = SYNTH | dict(scheme="two_stage", net="mlp", width=256, z_dims=[1, 1, 6], prior_hidden=64,
+                       f_hidden=[32, 32, 200], prior_steps=10, prior_step_size=0.02, max_gap=1e5,
+                       batch_size=200, lr_ebm=2e-3, epochs_backbone=35, epochs=12)
+PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": ANOMALY, "fashion_mnist": DIGITS,
            "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
            "celeba": dict(net="celeba", z_dims=[100, 100])}
-DEEP = dict(net="deep", prior_steps=20, prior_step_size=0.1, lr=1e-3, lr_ebm=1e-4)
+DEEP = dict(net="deep", width=32, batch_size=100, f_hidden=[200], prior_steps=20,
+            prior_step_size=0.1, lr=1e-3, lr_ebm=1e-4)
 TWO_STAGE = {"cifar10": dict(width=128, groups=[4, 4, 4], group_dim=20, batch_size=64, epochs=10,
                              epochs_backbone=400, kl_warmup=20_000, free_bits=1.0)}   # on top
+AUPRC = ("auprc", "auprc_plain", "auprc_five", "auprc_five_plain")         # anomaly_auprc
 EVAL_FLAGS = ("ood", "ood_samples", "ood_steps", "long_steps")             # not for training
 STACKS = {"cifar": (8, [1024, 512, 256]), "svhn": (4, [512, 256, 128]),    # first kernel, widths
           "celeba": (4, [512, 256, 128, 64])}
@@ -75,12 +79,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             common.number(float, 0, open_low=True))
     flag = p.add_argument_group("model").add_argument
     flag("--scheme", default="mcmc", choices=["mcmc", "variational", "two_stage"])
-    flag("--net", default="ladder", choices=["ladder", "deep", *STACKS],
+    flag("--net", default="ladder", choices=["ladder", "mlp", "deep", *STACKS],
          help="cifar, svhn, celeba: the authors' two layers, g sees z_1 only")
     flag("--z_dims", type=one, nargs="+", default=[128, 100], help="z_1, .., z_L")
-    flag("--width", type=common.number(int, 4), default=32, help="channels: ladder's lowest, deep")
-    flag("--groups", type=count, nargs="+", default=[2, 1],
-         help="deep: latent groups on each scale, smallest maps (4 x 4) first")
+    flag("--width", type=common.number(int, 4), default=32, help="channels; of mlp: units")
+    flag("--groups", type=count, nargs="+", default=[2, 1], help="deep: a scale, 4 x 4 maps first")
     flag("--group_dim", type=one, default=4, help="deep: channels of a group")
     flag("--prior_hidden", type=one, default=200)
     flag("--prior_layers", type=count, default=4, help="hidden layers of mu_i, sigma_i")
@@ -140,9 +143,7 @@ def bounded(log_std: Tensor, bound: float = 3.0) -> Tensor:
 
 class TopDown(nn.Module):
     """p0(z) = N(z_L; 0, I) prod_i N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2), and T: eps -> z.
-
-    On the way down a state carries the layers seen so far; here it is those, side by side.
-    """
+    On the way down a state carries the layers seen so far; here it is those, side by side."""
 
     def __init__(self, dims: list[int], hidden: int = 200, n_hidden: int = 4):
         super().__init__()
@@ -337,6 +338,18 @@ class LadderEncoder(nn.Module):
         return lambda i, *_: q[i]
 
 
+class MLPEncoder(nn.Sequential):
+    """q(z|x) = prod q(z_i|x), all from one MLP."""
+
+    def __init__(self, dims: list[int], shape: tuple[int, int, int], width: int):
+        super().__init__(nn.Flatten(), mlp(math.prod(shape), width, width, 2 * sum(dims)))
+        self.dims, self.exact = dims, [True] * len(dims)
+
+    def forward(self, x: Tensor, noise: Tensor):
+        mu, log_std = (half.split(self.dims, 1) for half in super().forward(x).chunk(2, dim=1))
+        return lambda i, *_: (mu[i], log_std[i])
+
+
 class Energies(nn.Module):
     """f_i(z_i) of all layers, z [b d] -> [b L]: NEGATIVE energies, high where z is likely.
     An MLP for a vector; for maps (c, s, s) first convolutions down to 4 x 4."""
@@ -345,8 +358,7 @@ class Energies(nn.Module):
         super().__init__()
         self.dims, self.shapes, self.nets = prior.dims, prior.shapes, nn.ModuleList()
         for i, (n, *side) in enumerate(self.shapes if any(hidden) else []):
-            width, depth = (v[min(i, len(v) - 1)] for v in (hidden, n_hidden))
-            layers = []
+            (width, depth), layers = (v[min(i, len(v) - 1)] for v in (hidden, n_hidden)), []
             if side:
                 s, depth = side[0], max(round(math.log2(side[0] / 4)), 1)
                 while s > 4:
@@ -369,8 +381,6 @@ class JointEBM(nn.Module):
     def __init__(self, shape: tuple[int, int, int], args: argparse.Namespace):
         super().__init__()
         self.amp, self.net, dims, width = args.amp, args.net, args.z_dims, args.width
-        if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
-            raise ValueError(f"--net {args.net} is not made for images of {shape}; try ladder")
         self.prior = TopDown(dims, args.prior_hidden, args.prior_layers) if args.net != "deep" \
             else DeepTopDown(args.groups, args.group_dim, width)
         if args.net == "deep":
@@ -378,6 +388,10 @@ class JointEBM(nn.Module):
                 nn.Upsample(shape[1:]), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
                 nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
             encoder = DeepEncoder(self.prior, shape[0], args.group_dim, width)
+        elif args.net == "mlp":
+            self.generator = nn.Sequential(mlp(sum(dims), width, width, math.prod(shape)),
+                                           nn.Tanh(), nn.Unflatten(1, shape))
+            encoder = MLPEncoder(dims, shape, width)
         elif args.net == "ladder":
             self.generator = LadderGenerator(dims, shape, width)
             encoder = LadderEncoder(dims, shape, width)
@@ -393,7 +407,7 @@ class JointEBM(nn.Module):
 
     def generate(self, z: Tensor, state: Tensor) -> Tensor:
         """Mean image [b c h w] in [-1, 1], of z [b d] and the prior's last state along it."""
-        features = {"ladder": z, "deep": state}.get(self.net, z[:, :self.prior.dims[0]])
+        features = {"ladder": z, "mlp": z, "deep": state}.get(self.net, z[:, :self.prior.dims[0]])
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.amp):
             return self.generator(features).float()
 
@@ -433,13 +447,10 @@ def log_lik(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
 def log_target(model: JointEBM, u: Tensor, space: str, x: Tensor | None = None,
                sigma: float = 1.0) -> Tensor:
     """What chains climb, u [b d] = eps or z: log of the tilted prior; given x, of the posterior.
-
     eps:  f(T(u)) + log N(u; 0, I) [+ log p(x|T(u))];   z:  f(u) + log p0(u) [+ log p(x|u)]
-    With space z this is also log p(x, z) + const, the score of anomaly and OOD detection.
-    """
-    z = model.prior.to_z(u) if space == "eps" else u
-    log_p = log_normal(u) if space == "eps" else model.prior.log_prob(u)
-    log_p = log_p + model.energies(z).sum(1)
+    With space z this is also log p(x, z) + const, the score of anomaly and OOD detection."""
+    z, p0 = (model.prior.to_z(u), log_normal) if space == "eps" else (u, model.prior.log_prob)
+    log_p = p0(u) + model.energies(z).sum(1)
     return log_p if x is None else log_p + log_lik(x, model.decode(z), sigma)
 
 
@@ -473,10 +484,8 @@ def vae_loss(model: JointEBM, x: Tensor, args, kl_weight: float = 1.0,
 # ---- Sampler -------------------------------------------------------------------------------------
 def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
     """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s noise; here z stands for z or eps.
-
     log_prob [b d] -> [b] nats, unnormalised; rows must not interact. Returns [b d], detached; the
-    given z stays as it is. On N(0, v) the variance settles at v / (1 - s^2 / 4v).
-    """
+    given z stays as it is. On N(0, v) the variance settles at v / (1 - s^2 / 4v)."""
     z = z.detach()
     for _ in range(n_steps):
         z.requires_grad_(True)
@@ -486,22 +495,19 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
     return z
 
 
+@torch.no_grad()
 def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
           x: Tensor | None = None, keep: int | None = None) -> Tensor:
     """n_steps from z [b d] towards the tilted prior or, given x [b c h w], the posterior; [b d].
-
-    On eps or z as --space says. keep = k: on eps, and only layers 1 .. k move.
-    """
+    On eps or z as --space says. keep = k: on eps, and only layers 1 .. k move."""
     if n_steps == 0:
         return z
     space, low = ("eps", sum(model.prior.dims[:keep])) if keep else (args.space, z.shape[1])
-    with torch.no_grad():
-        u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
+    u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
     u = langevin(lambda v: log_target(model, torch.cat([v, still], 1), space, x, args.sigma),
                  u, n_steps, step_size)
-    with torch.no_grad():
-        u = torch.cat([u, still], 1)
-        return model.prior.to_z(u) if space == "eps" else u
+    u = torch.cat([u, still], 1)
+    return model.prior.to_z(u) if space == "eps" else u
 
 
 def sample_prior(model: JointEBM, n: int, device, args) -> Tensor:
@@ -513,28 +519,24 @@ def sample_prior(model: JointEBM, n: int, device, args) -> Tensor:
 def sample_posterior(model: JointEBM, x: Tensor, args) -> Tensor:
     """z+ [b d] given x [b c h w] in [-1, 1]: by chains from p0 (scheme mcmc), else from q."""
     if args.scheme != "mcmc":
-        with torch.no_grad():
-            return model.posterior(x)[0]
-    z = model.prior.sample(len(x), x.device)
-    return chain(model, z, args.post_steps, args.post_step_size, args, x)
+        return model.posterior(x)[0].detach()
+    start = model.prior.sample(len(x), x.device)
+    return chain(model, start, args.post_steps, args.post_step_size, args, x)
 
 
 @torch.no_grad()
 def resample_below(model: JointEBM, z: Tensor, k: int, n_steps: int, args) -> Tensor:
     """z [b d] with layers 1 .. k anew given those above: from p0, then n_steps of Langevin."""
     eps, low = model.prior.to_eps(z), sum(model.prior.dims[:k])
-    eps = torch.cat([torch.randn_like(eps[:, :low]), eps[:, low:]], 1)
-    return chain(model, model.prior.to_z(eps), n_steps if k else 0, args.prior_step_size, args,
-                 keep=k)
+    z = model.prior.to_z(torch.cat([torch.randn_like(eps[:, :low]), eps[:, low:]], 1))
+    return chain(model, z, n_steps if k else 0, args.prior_step_size, args, keep=k)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def train_step(model: JointEBM, x: Tensor, stage: str, opt, opt_ebm, args,
                kl_weight: float = 1.0) -> dict[str, Tensor]:
     """One step on x [b c h w] in [0, 1]; stage: backbone (VAE), joint, energy (the rest frozen).
-
-    A parameter takes gradients only within the loss that trains it. opt is of all but energies.
-    """
+    A parameter takes gradients only within the loss that trains it. opt is of all but energies."""
     x, metrics = 2 * x - 1, {}
     model.requires_grad_(False)
     tilted = stage != "backbone" and len(model.energies.nets) > 0
@@ -577,9 +579,8 @@ def optimisers(model: JointEBM, args, run) -> list[torch.optim.Adam]:
     return opts
 
 
-def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, run) -> list[float]:
-    """Backbone steps, then those of the scheme; returns the AUPRC after each of the last epochs.
-
+def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[list[float]]:
+    """Backbone steps, then those of the scheme; returns the AUPRCs after each of the last epochs.
     Chains that diverge: back to the last checkpoint, with half the learning rate of the energies.
     """
     m, per_epoch = image_name(train_set), max(len(train_set) // args.batch_size, 1)
@@ -588,6 +589,7 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, ru
                     for n in (args.epochs_backbone, args.epochs))
     total, n_epochs = first + later, math.ceil((first + later) / per_epoch)
     alarm = torch.zeros((), dtype=torch.bool, device=run.device)
+    main_stage = "energy" if args.scheme == "two_stage" else "joint"
 
     def save():
         run.save({"step": step, "model": model.state_dict(), "auprc": auprc,
@@ -609,8 +611,7 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, ru
         order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
                               run.rank, run.world, [m]):
-            stage = "energy" if args.scheme == "two_stage" else "joint"
-            stage = "backbone" if step < first else stage
+            stage = "backbone" if step < first else main_stage
             step += 1
             kl_weight = min(1.0, step / max(args.kl_warmup, 1))
             metrics = train_step(model, x[m], stage, *opts, args, kl_weight)
@@ -625,7 +626,8 @@ def train(model: JointEBM, train_set: data.Dataset, test: data.Dataset, args, ru
                 run.log(stage=stage, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
             if last and args.held_out >= 0 and epoch >= n_epochs - args.last_epochs:
-                auprc.append(anomaly_auprc(model, test, args, run.device))
+                auprc.append(anomaly_auprc(model, tests, args, run.device))
+                run.log(step=step, epoch=epoch, split="test", **dict(zip(AUPRC, auprc[-1])))
             if due or step == first:
                 save()
             if run.stop_requested:
@@ -641,30 +643,35 @@ def image_name(dataset: data.Dataset) -> str:
     return next(m for m in dataset.modalities if dataset.kinds[m] == "image")
 
 
-def without(dataset: data.Dataset, label: int) -> data.Dataset:
-    """The data set with no item of a class."""
-    keep = dataset.y != label
+def subset(dataset: data.Dataset, keep: Tensor) -> data.Dataset:
+    """The items where keep [n] is true."""
     return replace(dataset, x={m: x[keep] for m, x in dataset.x.items()}, y=dataset.y[keep])
 
 
 def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0) -> Tensor:
-    """L>k, [n]: mean of log p(x, z) + const over --ood_samples of z_>k ~ posterior and z_<=k from
-    the tilted prior given z_>k. L>0, one sample: minus the anomaly score."""
+    """L>k, [n 2]: mean of log p(x, z) + const over --ood_samples of z_>k ~ posterior and z_<=k from
+    the tilted prior given z_>k; then without f. L>0, one sample: minus the anomaly score."""
     n_samples, values = args.ood_samples if args.ood else 1, []
     for x in data.batches(dataset, args.eval_batch, device=device, names=[image_name(dataset)]):
         x, value = 2 * x.popitem()[1] - 1, 0.0
         for _ in range(n_samples):
             z = resample_below(model, sample_posterior(model, x, args), k, args.ood_steps, args)
-            with torch.no_grad():
-                value = value + log_target(model, z, "z", x, args.sigma) / n_samples
+            log_p = log_target(model, z, "z", x, args.sigma)
+            plain = log_p - model.energies(z).sum(1)
+            value = value + torch.stack([log_p, plain], 1) / n_samples
         values.append(value)
     return torch.cat(values).cpu()
 
 
-def anomaly_auprc(model: JointEBM, test: data.Dataset, args, device) -> float:
-    """Average precision of -log p(x, z) for the class that was held out."""
+def anomaly_auprc(model: JointEBM, tests: list[data.Dataset], args, device) -> list[float]:
+    """Average precision of -log p(x, z), and without f, for the class held out; then with 5 times
+    as many of it, from the second set: MEG's code tests on 20 % of the normal and all of these."""
     model.requires_grad_(False)
-    return common.average_precision(-scores(model, test, args, device), test.y == args.held_out)
+    test, n = tests[0], len(tests[0])
+    held = tests[1].head(4 * int((test.y == args.held_out).sum()))
+    score = -torch.cat([scores(model, part, args, device) for part in (test, held)])
+    out = torch.cat([test.y, held.y]).cpu() == args.held_out
+    return [common.average_precision(score[:e, i], out[:e]) for e in (n, None) for i in (0, 1)]
 
 
 def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, float]:
@@ -678,10 +685,11 @@ def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, flo
     for k in range(len(model.prior.dims)):
         score = torch.cat([scores(model, s.head(n), args, run.device, k) for s in (test, out)])
         first = score if k == 0 else first
-        for name, value in {f"l{k}": score, f"llr{k}": score - first}.items():
-            if name != "llr0":
-                metrics |= {f"ood_auroc_{name}": common.auroc(value, labels),
-                            f"ood_auprc_{name}": common.average_precision(value, labels)}
+        found = {f"l{k}": score} | ({f"llr{k}": score - first} if k else {})
+        for name, both in found.items():
+            for end, value in zip(("", "_plain"), both.unbind(1)):
+                metrics |= {f"ood_auroc_{name}{end}": common.auroc(value, labels),
+                            f"ood_auprc_{name}{end}": common.average_precision(value, labels)}
     return metrics
 
 
@@ -694,14 +702,12 @@ def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float
         pictures[f"K = {k}"] = images(model, z[:16])
         found = common.coherence_joint(lambda _: {m: images(model, next(parts))}, judges,
                                        args.n_eval, args.eval_batch, real)
-        metrics |= {f"{key.removesuffix('_' + m)}_k{k}": v for key, v in found.items()}
-        if k == args.prior_steps:
-            metrics |= {key.removesuffix(f"_{m}"): v for key, v in found.items()}
+        for end in (f"_k{k}", "")[:1 + (k == args.prior_steps)]:
+            metrics |= {key.removesuffix(f"_{m}") + end: v for key, v in found.items()}
     common.save_joint_grid(run.dir / "samples.png", pictures)
     return metrics
 
 
-@torch.no_grad()
 def images(model: JointEBM, z: Tensor) -> Tensor:
     """g(z) in [0, 1]."""
     return model.decode(z) / 2 + 0.5
@@ -720,57 +726,49 @@ def draw_layers(model: JointEBM, x: Tensor, args, run) -> None:
         pictures = images(model, prior.to_z(rows.flatten(0, 1)))
         common.save_grid(run.dir / f"layer_{i + 1}.png", pictures, n + 1, f"layer {i + 1} varied")
     z = sample_posterior(model, repeat(2 * x - 1, "r ... -> (r s) ...", s=2), args)
-    again = {f"above {k} kept": images(model, resample_below(model, z, k, args.prior_steps, args))
+    again = {f"above {k} kept": rearrange(images(model, resample_below(
+        model, z, k, args.prior_steps, args)), "(r s) c h w -> r s c h w", s=2)
              for k in range(len(dims))}
-    again = {name: rearrange(v, "(r s) ... -> r s ...", s=2) for name, v in again.items()}
     common.save_cross_grid(run.dir / "cross.png", {"test": x}, {"test": again})
 
 
 def diagnose_chains(model: JointEBM, args, run, n: int = 64, every: int = 5) -> dict[str, float]:
     """n chains of --long_steps from p0: -f, and how the chains mix in eps."""
-    z, energy, trace = model.prior.sample(n, run.device), [], []
-    for t in range(0, args.long_steps + 1, every):
-        z = chain(model, z, every if t else 0, args.prior_step_size, args)
-        with torch.no_grad():
-            energy.append(-model.energies(z).sum(1).cpu())
-            trace.append(model.prior.to_eps(z).cpu())
-    energy, trace = torch.stack(energy), torch.stack(trace)                # [n c], [n c d]
-    report = common.chain_report(trace[len(trace) // 5:], run.dir / "diagnostics.png", math.nan,
-                                 energy)
+    path = [model.prior.sample(n, run.device)]
+    for _ in range(args.long_steps // every):
+        path.append(chain(model, path[-1], every, args.prior_step_size, args))
+    energy = torch.stack([-model.energies(z).sum(1).cpu() for z in path])                # [n c]
+    eps = torch.stack([model.prior.to_eps(z).cpu() for z in path[len(path) // 5:]])      # [n c d]
+    report = common.chain_report(eps, run.dir / "diagnostics.png", math.nan, energy)
     at = {"start": 0, "k": args.prior_steps // every, "end": -1}
     return {"r_hat": report["r_hat"], "r_hat_95": report["r_hat_95"],
             "ess_per_step": report["ess_per_step"] / every,
             **{f"energy_{name}": energy[i].mean().item() for name, i in at.items()}}
 
 
-def evaluate(model: JointEBM, train_set: data.Dataset, test: data.Dataset, auprc: list[float],
-             args, run) -> dict[str, float]:
+def evaluate(model: JointEBM, train_set: data.Dataset, tests: list[data.Dataset],
+             auprc: list[list[float]], judges, args, run) -> dict[str, float]:
     """Fréchet distance against the number of steps, pictures, chains, anomaly and OOD; test split.
     A class that was held out is not in the distances."""
     torch.manual_seed(args.seed)
     model.requires_grad_(False).eval()
-    m, metrics = image_name(test), {}
+    m, metrics, test = image_name(train_set), {}, tests[0]
     if args.held_out >= 0:
-        metrics["auprc"] = anomaly_auprc(model, test, args, run.device)
-        if auprc:
-            metrics |= {"auprc_mean": sum(auprc) / len(auprc),
-                        "auprc_sd": torch.tensor(auprc).std(correction=0).item()}
-        test = without(test, args.held_out)
+        auprc = torch.tensor(auprc or [anomaly_auprc(model, tests, args, run.device)])
+        for end, found in {"": auprc[-1], "_mean": auprc.mean(0),
+                           "_sd": auprc.std(0, correction=0)}.items():
+            metrics |= {name + end: v for name, v in zip(AUPRC, found.tolist())}
+        test = subset(test, test.y != args.held_out)
     if args.ood:
         metrics |= ood_metrics(model, test, args, run)
-    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", run.device, run.say)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir,
-                                                                           run.device))
+    inception = common.load_inception(args.data_dir, run.device)
+    real = common.reference(test, train_set, judges, inception)
     metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
     metrics |= quality(model, judges, real, m, args, run)
     x = test.take(slice(args.eval_batch), run.device, [m])[m]
-    z = sample_posterior(model, 2 * x - 1, args)
-    metrics["recon_mse"] = ((images(model, z) - x)**2).mean().item()
+    error = images(model, sample_posterior(model, 2 * x - 1, args)) - x
+    metrics["recon_mse"] = (error**2).mean().item()
     draw_layers(model, x[:8], args, run)
-    if "frechet_clf" in metrics:
-        run.say("Fréchet distance after K steps: " + "  ".join(
-            f"{key.removeprefix('frechet_clf_k')}: {value:.2f}" for key, value in metrics.items()
-            if key.startswith("frechet_clf_k")))
     return metrics | diagnose_chains(model, args, run)
 
 
@@ -782,27 +780,29 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         common.seed_everything(args.seed)
         train_set, test = (data.load(args.dataset, split, args.data_dir, n=n).to(run.device)
                            for split, n in (("train", args.n_train), ("test", args.n_test)))
+        everything, tests = train_set, [test]
         if args.held_out >= 0:
             if train_set.y is None:
                 raise common.RunError(f"--held_out: {args.dataset} has no labels")
-            train_set = without(train_set, args.held_out)
-        try:
-            model = JointEBM(train_set.shapes[image_name(train_set)], args)
-        except ValueError as error:
-            raise common.RunError(error) from None
+            train_set = subset(everything, everything.y != args.held_out)
+            tests.append(subset(everything, everything.y == args.held_out))
+        shape = train_set.shapes[image_name(train_set)]
+        if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
+            raise common.RunError(f"--net {args.net} is not made for images of {shape}; try ladder")
+        model = JointEBM(shape, args)
         model.to(run.device, memory_format=torch.channels_last).eval()
         run.start(model)
-        if args.compile:
-            for part in filter(None, (model.generator, model.encoder, model.energies)):
-                part.compile()
+        for part in [*model.backbone()[1:], model.energies] if args.compile else []:
+            part.compile()
         if args.eval_only:
             state = run.load(args.checkpoint, free=EVAL_FLAGS)
             model.load_state_dict(state["model"])
             auprc = state["auprc"]
         else:
-            auprc = train(model, train_set, test, args, run)
+            auprc = train(model, train_set, tests, args, run)
         args.n_eval = min(args.n_eval, len(test))
-        metrics = evaluate(model, train_set, test, auprc, args, run)
+        judges = common.load_judges(everything, test, f"{args.out_dir}/judges", run.device, run.say)
+        metrics = evaluate(model, train_set, tests, auprc, judges, args, run)
         return run.finish(metrics, train_set.note, len(test))
 
 

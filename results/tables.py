@@ -119,6 +119,53 @@ def draw_comparison(datasets: list[str], path: Path) -> None:
     figure.savefig(path)
 
 
+PAPERS = {1: (".063", ".470", ".722", ".494"), 4: (".337", ".941", ".949", ".920"),
+          5: (".325", ".964", ".980", ".913"), 7: (".148", ".815", ".941", ".680"),
+          9: (".104", ".796", ".935", ".791")}     # VAE, the paper, its successor, HVAE L>0 there
+
+
+def of_run(variant: str, dataset: str = "mnist") -> dict:
+    """Metrics of the first seed of a joint-layer run, {} if there is none."""
+    return next((r["metrics"] for r in seeds("joint_layer_ebm", dataset, variant)), {})
+
+
+def anomaly() -> str:
+    """AUPRC of a held-out digit, mean ± sd over the last epochs: on the test split, and in brackets
+    with five times as many of the digit."""
+    rows = ["| digit | plain VAE | single-layer EBM | ours | VAE, published | paper | successor "
+            "| HVAE, published |", "|" + "---|" * 8]
+
+    def both(metrics: dict, end: str = "") -> str:
+        if f"auprc{end}_mean" not in metrics:
+            return "not run"
+        parts = [f"{metrics[f'{k}{end}_mean']:.3f} ± {metrics[f'{k}{end}_sd']:.3f}"
+                 for k in ("auprc", "auprc_five")]
+        return f"{parts[0]} ({parts[1]})"
+    for digit, (vae, paper, successor, hvae) in PAPERS.items():
+        ours, single = of_run(f"held-out-{digit}"), of_run(f"held-out-{digit}-single-layer")
+        cells = [str(digit), both(ours, "_plain"), both(single), both(ours), vae, paper, successor,
+                 hvae]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def ood() -> str:
+    """AUROC / AUPRC of every score of the OOD runs, with energies and without."""
+    rows = ["| trained on, against | score | AUROC | AUPRC | AUROC without f | AUPRC without f |",
+            "|" + "---|" * 6]
+    for dataset, variant, name in (("cifar10", "ood-svhn", "CIFAR-10, SVHN"),
+                                   ("mnist", "ood-synth-mnist", "MNIST, synth_mnist")):
+        found = of_run(variant, dataset)
+        for key in (k for k in ("l0", "l1", "l2", "llr1", "llr2") if f"ood_auroc_{k}" in found):
+            label = f"{key[:-1].upper()}>{key[-1]}"
+            cells = [f"{found[f'ood_{m}_{key}{end}']:.3f}" for end in ("", "_plain")
+                     for m in ("auroc", "auprc")]
+            rows.append("| " + " | ".join([name, label, *cells]) + " |")
+    rows.append("| paper: CIFAR-10, SVHN | L>0, L>9, LLR>9 | .087, .870, .927 | .319, .858, .918 "
+                "| | |")
+    return "\n".join(rows)
+
+
 def benchmark() -> str:
     """Speed, from what tests/benchmark.py --out results/benchmark/<machine>.json measured."""
     rows = ["| machine | script | what | seconds | of floor | rival, seconds | times faster |",
@@ -141,7 +188,8 @@ def main() -> int:
     text = old = readme.read_text()
     made = {name: table(*source) for name, source in TABLES.items()}
     made |= {"comparison": comparison("synth_mnist_svhn"),
-             "comparison_real": comparison("mnist_svhn"), "benchmark": benchmark()}
+             "comparison_real": comparison("mnist_svhn"), "benchmark": benchmark(),
+             "joint_layer_anomaly": anomaly(), "joint_layer_ood": ood()}
     for name, rows in made.items():
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         if start in text:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+import data
 import joint_layer_ebm as jl
 
 B, LOG_S, A1, A2, W, SIGMA = 0.7, -0.4, 1.5, 0.6, 1.3, 0.8     # z_1 = B z_2 + exp(LOG_S) eps_1
@@ -97,6 +98,14 @@ def test_tilted_prior_has_the_closed_form_precision_in_both_spaces():
     model = linear_model()
     assert torch.allclose(hessian(model, "z"), PREC, atol=1e-4)
     assert torch.allclose(hessian(model, "eps"), JAC.T @ PREC @ JAC, atol=1e-4)
+
+
+def test_target_on_eps_has_the_normal_of_eps_and_not_p0():
+    model, eps = model_of(settings()), torch.randn(20, 9, dtype=torch.float64)
+    z = model.prior.to_z(eps)
+    want = Normal(0.0, 1.0).log_prob(eps).sum(1) + model.energies(z).sum(1)
+    assert torch.allclose(jl.log_target(model, eps, "eps"), want, atol=1e-4)
+    assert model.prior.at(z)[1].sum(1).std() > 0.05             # else the two would be equal
 
 
 def test_posterior_target_adds_the_likelihood():
@@ -248,7 +257,7 @@ def test_kl_of_layers_in_closed_form_and_from_draws():
     assert drawn.std(0).min() > 0
 
 
-@pytest.mark.parametrize("net", ["ladder", "deep", "svhn"])
+@pytest.mark.parametrize("net", ["ladder", "mlp", "deep", "svhn"])
 def test_posterior_gives_consistent_parameters(net):
     more = ["--z_dims", "4", "3"] if net == "svhn" else []
     args = settings("--net", net, "--scheme", "variational", "--group_dim", "2", *more)
@@ -416,16 +425,56 @@ def test_spectral_norm_bounds_the_energy_and_rests_in_chains():
 def test_score_is_the_mean_log_joint_and_layers_above_k_stay(monkeypatch):
     args = settings("--net", "ladder", "--scheme", "variational")
     model = jl.JointEBM((1, 12, 12), args).requires_grad_(False)
-    import data
     x = torch.randint(0, 256, (5, 1, 12, 12), dtype=torch.uint8)
     dataset = data.Dataset({"m": x}, torch.zeros(5).long(), {"m": "image"}, "m", "test")
     z = torch.randn(5, 9)
     monkeypatch.setattr(jl, "sample_posterior", lambda *_: z)
     want = jl.log_target(model, z, "z", 2 * x.float() / 255 - 1, args.sigma)
+    want = torch.stack([want, want - model.energies(z).sum(1)], 1)
     assert torch.allclose(jl.scores(model, dataset, args, "cpu"), want, rtol=1e-4)
+    assert (want[:, 0] != want[:, 1]).all()
     seen = []
     monkeypatch.setattr(jl, "log_target", lambda m, z, *_: seen.append(z) or z.sum(1))
     args.ood_steps, args.ood, args.ood_samples = 0, "mnist", 2
     jl.scores(model, dataset, args, "cpu", 1)
     assert len(seen) == 2 and torch.allclose(seen[0][:, 4:], z[:, 4:], atol=1e-5)
     assert not torch.allclose(seen[0][:, :4], z[:, :4])
+
+
+def test_anomaly_auprc_of_both_shares(monkeypatch):
+    y, held = torch.tensor([3, 0, 1, 2, 3, 4, 5, 6]), torch.full((20,), 3)
+    value = [torch.tensor([4.0, 9, 1, 8, 2, 7, 6, 5]),          # minus the anomaly score
+             torch.tensor([3.0, 3, 3, 3, 0, 0, 0, 0])]          # 4 * 2 more, the first ones
+    asked = []
+
+    def scores(model, dataset, *_):
+        asked.append(len(dataset.y))
+        score = value[len(asked) - 1]
+        return torch.stack([score, -score], 1)
+    monkeypatch.setattr(jl, "scores", scores)
+
+    def made(y):
+        return data.Dataset({"m": torch.zeros(len(y), 1, 2, 2, dtype=torch.uint8)}, y,
+                            {"m": "image"}, "m", "test")
+    model = SimpleNamespace(requires_grad_=lambda _: None)
+    found = jl.anomaly_auprc(model, [made(y), made(held)], argparse.Namespace(held_out=3), "cpu")
+    assert asked == [8, 8]
+    # ranks, most anomalous first: 1 normal, 2 out, 4 out, 5 .. 9 normal
+    assert found[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    # without f, reversed: 9 8 7 6 5 normal, 4 out, 2 out
+    assert found[1] == pytest.approx((1 / 6 + 2 / 7) / 2)
+    # five times as many: 0 x 4 out, 1 normal, 2 out, 3 x 4 out, 4 out
+    assert found[2] == pytest.approx((4 * 1 + 5 / 6 + 4 * 9 / 10 + 10 / 11) / 10)
+    assert found[3] != found[2]
+
+
+def test_mlp_nets_see_all_layers_and_encode_each():
+    args = settings("--net", "mlp", "--scheme", "variational", "--width", "16")
+    model = jl.JointEBM((1, 12, 12), args)
+    x, z = torch.rand(3, 1, 12, 12), torch.randn(3, 9, requires_grad=True)
+    model.decode(z).sum().backward()
+    assert model.decode(z).shape == x.shape and (z.grad != 0).all()
+    q = model.encoder(x, None)
+    assert [q(i)[j].shape[1] for i in range(3) for j in (0, 1)] == [4, 4, 3, 3, 2, 2]
+    assert torch.equal(torch.cat([q(i)[0] for i in range(3)] + [q(i)[1] for i in range(3)], 1),
+                       nn.Sequential.forward(model.encoder, x))

@@ -115,7 +115,9 @@ def test_a_held_out_digit_is_not_trained_on_and_has_an_auprc(folder, monkeypatch
     step = jl.train_step
     monkeypatch.setattr(jl, "train_step", lambda m, x, *a: seen.append(x) or step(m, x, *a))
     metrics = jl.main(flags(folder, "--held_out", "7", "--last_epochs", "1"))
-    assert {"auprc", "auprc_mean", "auprc_sd"} <= set(metrics) and 0 < metrics["auprc"] <= 1
+    names = [f"{name}{end}" for name in jl.AUPRC for end in ("", "_mean", "_sd")]
+    assert set(names) <= set(metrics) and all(0 < metrics[name] <= 1 for name in jl.AUPRC)
+    assert metrics["auprc_sd"] == 0 and metrics["auprc_five"] > metrics["auprc"]
     rows = torch.cat(seen)[:, 0, :, 10].argmax(1)               # the bar's first row is 2 + class
     assert 2 + 7 not in rows.unique().tolist() and len(rows.unique()) == 9
     again = jl.main(flags(folder, "--held_out", "7", "--last_epochs", "1", "--eval_only"))
@@ -126,7 +128,9 @@ def test_ood_scores_for_every_k_and_a_data_set_is_not_ood_of_itself(folder):
     more = ["--net", "ladder", "--ood"]
     metrics = jl.main(flags(folder, *more, "svhn", dataset="cifar10"))
     for name in ("l0", "l1", "l2", "llr1", "llr2"):
-        assert 0 <= metrics[f"ood_auroc_{name}"] <= 1 and 0 < metrics[f"ood_auprc_{name}"] <= 1
+        for end in ("", "_plain"):
+            assert 0 <= metrics[f"ood_auroc_{name}{end}"] <= 1
+            assert 0 < metrics[f"ood_auprc_{name}{end}"] <= 1
     itself = jl.main(flags(folder, *more, "cifar10", "--eval_only", dataset="cifar10"))
     assert itself["ood_auroc_l0"] == pytest.approx(0.5, abs=0.15)
 
@@ -270,5 +274,5 @@ def test_presets_flags_and_help():
     for dataset in jl.PRESETS:
         for scheme in ([], ["--scheme", "two_stage"]):
             args = jl.parse_args(["--dataset", dataset, *scheme])
-            assert args.net == "deep" if scheme else args.net in ("ladder", *jl.STACKS)
+            assert args.net == "deep" if scheme else args.net in ("ladder", "mlp", *jl.STACKS)
     assert jl.parse_args(["--z_dims", "5"]).z_dims == [5]       # the flag wins over the preset
