@@ -761,15 +761,17 @@ def evaluate(model: JointEBM, train_set: data.Dataset, tests: list[data.Dataset]
         test = subset(test, test.y != args.held_out)
     if args.ood:
         metrics |= ood_metrics(model, test, args, run)
-    inception = common.load_inception(args.data_dir, run.device)
-    real = common.reference(test, train_set, judges, inception)
+    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir,
+                                                                           run.device))
     metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
     metrics |= quality(model, judges, real, m, args, run)
     x = test.take(slice(args.eval_batch), run.device, [m])[m]
-    error = images(model, sample_posterior(model, 2 * x - 1, args)) - x
-    metrics["recon_mse"] = (error**2).mean().item()
+    z = sample_posterior(model, 2 * x - 1, args)
+    metrics["recon_mse"] = (images(model, z) - x).square().mean().item()
     draw_layers(model, x[:8], args, run)
-    return metrics | diagnose_chains(model, args, run)
+    metrics |= diagnose_chains(model, args, run)
+    run.time_samples(lambda n: {m: images(model, sample_prior(model, n, run.device, args))})
+    return metrics
 
 
 # ---- Main ----------------------------------------------------------------------------------------
