@@ -66,7 +66,8 @@ METHODS = {
         "synth_mnist_svhn": ("default", "default"),
         "mnist_svhn": ("shared-small", "shared-small")}),
     "ebm_revision": ("generator alone", "_initial", {
-        "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("small", "small")})}
+        "synth_mnist_svhn": ("default", "default"),
+        "mnist_svhn": ("small-10-steps", "small-10-steps")})}
 
 
 def seeds(script: str, dataset: str, variant: str) -> list[dict]:
