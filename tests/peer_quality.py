@@ -2,8 +2,9 @@
 
     python tests/peer_quality.py --data_dir DIR [--steps 3000] [--seed 0] [--out FILE]
 
-Same nets, data, pairings, batch order, steps, judges and test tuples; training and inference are
-MultiVae's (`pip install multivae==1.0.3`), its last weights count. Not a test.
+Same nets, images, number and size of batches (of pairs drawn at random within class, not the same
+draws), judges and test tuples; training and inference are MultiVae's (`pip install
+multivae==1.0.3`), its last weights count. Not a test.
 """
 import argparse
 import json
@@ -19,8 +20,6 @@ import benchmark                                                                
 import common                                                                           # noqa: E402
 import data                                                                             # noqa: E402
 import jnf                                                                              # noqa: E402
-
-COMMAND = "python " + " ".join(["tests/peer_quality.py", *sys.argv[1:]])
 
 
 def train(model, train_set: data.Dataset, steps: int, seed: int) -> None:
@@ -66,6 +65,7 @@ def main() -> None:
     p.add_argument("--judges", default="runs/judges", help="folder of their cache")
     p.add_argument("--out", default="results/jnf/mnist_svhn/multivae-3000-steps/0/result.json")
     a, start = p.parse_args(), time.time()
+    command = " ".join(["python tests/peer_quality.py", *sys.argv[1:]])
     sets = {s: data.load("mnist_svhn", s, a.data_dir) for s in ("train", "test")}
     judges = common.load_judges(*sets.values(), Path(a.judges), torch.device("cpu"))
     torch.manual_seed(a.seed)
@@ -74,7 +74,7 @@ def main() -> None:
     metrics = evaluate(model, sets["train"], sets["test"].head(10_000), judges)
     result = {"script": "jnf", "dataset": "mnist_svhn", "seed": a.seed, "metrics": metrics,
               "note": sets["train"].note, "n": 10_000, "device": "cpu", "torch": torch.__version__,
-              "minutes": round((time.time() - start) / 60, 2), "command": COMMAND}
+              "minutes": round((time.time() - start) / 60, 2), "command": command}
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     Path(a.out).write_text(json.dumps(result, indent=1))
     print({k: v for k, v in metrics.items() if k.startswith("coherence")})
