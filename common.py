@@ -835,8 +835,8 @@ class Run(AbstractContextManager):
         if self.rank == 0:
             _write_json(self.dir / "result.json", result)
             plot_curves(self.dir / "curves.png", self.dir / "metrics.jsonl")
-        main = [key for key in metrics
-                if re.match("coherence_(joint|cross)|coherence_[^+]+_to|judge_", key)]
+        main = [key for key in metrics if re.match(
+            r"coherence_(joint|cross|[^+]+_to)|judge_|auprc_mean$|frechet_clf(_k\d+)?$", key)]
         self.say(f"{self.wall_s() / 60:.1f} minutes; all metrics are in {self.dir}/result.json")
         self.say("  ".join(f"{key} {metrics[key]:.3f}" for key in main or metrics))
         return metrics

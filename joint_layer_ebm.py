@@ -702,7 +702,7 @@ def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float
         pictures[f"K = {k}"] = images(model, z[:16])
         found = common.coherence_joint(lambda _: {m: images(model, next(parts))}, judges,
                                        args.n_eval, args.eval_batch, real)
-        for end in (f"_k{k}", "")[:1 + (k == args.prior_steps)]:
+        for end in (f"_k{k}", "") if k == args.prior_steps else (f"_k{k}",):
             metrics |= {key.removesuffix(f"_{m}") + end: v for key, v in found.items()}
     common.save_joint_grid(run.dir / "samples.png", pictures)
     return metrics

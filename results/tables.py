@@ -5,6 +5,7 @@ and, with two seeds or more, the standard deviation over its seeds. --check chan
 exits with 1 if README.md differs.
 """
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def comparison(dataset: str) -> str:
         if results:
             cells = [script, *(cell(results, f"coherence_{k}") for k in ("joint", "cross_1")),
                      cell(results, "mean"), name,
-                     *(cell(base, f"coherence_{k}{suffix}") for k in ("joint", "cross_1")),
+                     *(cell(base, f"coherence_{k}{suffix}") if base else "not run"
+                       for k in ("joint", "cross_1")),
                      cell(base, "mean"), str(len(results)), str(results[0]["n"]),
                      f"{statistics.mean(r['minutes'] for r in results):.0f}",
                      cell(results, "seconds")]
@@ -110,10 +112,9 @@ def draw_comparison(datasets: list[str], path: Path) -> None:
         for i, (script, (_, suffix, variants)) in enumerate(METHODS.items()):
             for variant, end, fill in zip(variants[dataset], ("", suffix), ("full", "none")):
                 found = [r["metrics"] for r in seeds(script, dataset, variant)]
-                points = [(m[f"coherence_joint{end}"], distance(m, end)) for m in found
-                          if distance(m, end) is not None]
-                axes.plot(*zip(*points or [((), ())]), "o", color=f"C{i}", fillstyle=fill,
-                          label=script if fill == "full" else None)
+                axes.plot([m[f"coherence_joint{end}"] for m in found],
+                          [distance(m, end) or math.nan for m in found], "o", color=f"C{i}",
+                          fillstyle=fill, label=script if fill == "full" else None)
         axes.set(xlabel="joint coherence", ylabel="Fréchet distance (judge)", yscale="log",
                  title=dataset)
         axes.legend(fontsize=7)
