@@ -46,7 +46,8 @@ latent_ebm_prior synth_mnist_svhn mcmc 0 --inference mcmc --post_steps 5
 sbm_vae synth_polymnist unmasked 0 --cond_train none --obs_noise fresh --epochs_energy 10 --guide_sweep 0 0.3 1 3 10 --curve
 jnf mnist_svhn 3000-steps 0 --max_steps 3000
 jnf mnist_svhn contrastive-3000-steps 0 --max_steps 3000 --shared contrastive
-jnf mnist_svhn gaussian-3000-steps 0 --max_steps 3000 --flow_blocks 0
+jnf mnist_svhn 3000-steps-lr-2e-3 0 --max_steps 3000 --lr 2e-3
+jnf mnist_svhn gaussian-3000-steps-lr-2e-3 0 --max_steps 3000 --lr 2e-3 --flow_blocks 0
 jnf mnist_svhn long 0 --epochs_joint 6 --epochs_flow 4
 joint_layer_ebm mnist held-out-1 0 --held_out 1 --n_eval 5000
 joint_layer_ebm mnist held-out-4 0 --held_out 4 --n_eval 2000 --long_steps 500
