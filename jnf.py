@@ -94,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch_size", type=number(int, 1), default=128, help="over all processes")
     flag("--dcca_batch", type=number(int, 2), default=800, help="DCCA needs large batches")
     flag("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam")
+    flag("--lr_warmup", type=number(int, 0), default=0, help="steps of a linear rise, each stage")
     flag("--plateau", type=number(int, 0), default=0, help="epochs without gain until lr / 10")
     flag("--beta", type=number(float, 0), default=2.5, help="KL weight; paper: 0.5, 1, 2.5")
     flag("--tau", type=number(float, 0, open_low=True), default=0.1, help="contrastive temperature")
@@ -558,6 +559,8 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
         for x in islice(data.batches(train_set, batch, order, run.device, step % per_epoch,
                                      run.rank, run.world, names), total - step):
+            if step < args.lr_warmup:
+                opt.param_groups[0]["lr"] = args.lr * (step + 1) / args.lr_warmup
             metrics = train_step(model, x, loss_fn, opt, args)
             step += 1
             if step % args.log_every == 0 or step == total:

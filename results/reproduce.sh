@@ -63,6 +63,7 @@ jnf synth_mnist_svhn default 1
 sbm_vae synth_mnist_svhn default 1
 latent_ebm_prior synth_mnist_svhn default 1
 ebm_revision synth_mnist_svhn default 1
+ebm_revision synth_mnist_svhn mixed 1 --epochs 21 --mixed 1 --x_steps_test 60
 jnf synth_mnist_svhn default 2
 sbm_vae synth_mnist_svhn default 2
 latent_ebm_prior synth_mnist_svhn default 2

@@ -112,6 +112,18 @@ def test_stage_u_leaves_joint_part_and_projectors_unchanged(paired):
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("posteriors"))
 
 
+def test_learning_rate_rises_over_the_first_steps_of_each_stage(paired, monkeypatch):
+    rates, step = [], jnf.train_step
+
+    def record(model, x, loss_fn, opt, args):
+        rates.append(opt.param_groups[0]["lr"])
+        return step(model, x, loss_fn, opt, args)
+    monkeypatch.setattr(jnf, "train_step", record)
+    jnf.main(flags(paired, "--lr", "0.002", "--lr_warmup", "4", "--max_steps", "7"))
+    stage = [0.0005, 0.001, 0.0015, 0.002, 0.002, 0.002, 0.002]
+    assert rates == pytest.approx(2 * stage)                               # J, then U
+
+
 def test_frozen_features_change_no_number(paired):
     args = jnf.parse_args(flags(paired, "--shared", "contrastive"))
     sets = data.load("paired", "val", paired)
@@ -130,7 +142,7 @@ def test_same_seed_same_numbers_other_seed_others(paired):
 
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
-    options = ["--shared", "contrastive", "--ckpt_minutes", "0"]
+    options = ["--shared", "contrastive", "--ckpt_minutes", "0", "--lr_warmup", "12"]
     jnf_dir = paired / "runs/jnf/paired/0"
     process = script(flags(paired, *options))
     for stage in ("shared", "joint", "flow"):
