@@ -32,7 +32,7 @@ Deviations from the authors' public code (--preset paper undoes those marked *)
   D3* corrector steps of fixed size: no sample depends on its batch; official: batch-mean norms
   D4* the ODE sampler; predictor steps end at t_end (theirs overshoot), corrector at the new time
   D5  w is for each sample, all observed i for every missing j (theirs: one pair, w / batch size)
-  D6  energy: a pair is drawn for each sample, not one for a batch
+  D6  energy: a pair is drawn for each sample, not one for a batch; (*) a dot product of features
   D7  autoencoders share one learning-rate schedule and the epoch with the best summed loss
 """
 import argparse
@@ -59,6 +59,7 @@ PRESETS = {                                                                # --p
 PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise="none",
              ema=0.0, time_scale=1.0, times="uniform", cond_train="none", obs_noise="official",
              sampler="pc", n_steps=100, corrector="official", beta_min=1.0, beta_max=5.0,
+             energy_net="mlp", lr_energy=5e-4,
              schedule="plateau", z_dim=64, dim=64, noise_negatives=True, lr_score=5e-4,
              vae_beta=[0.5], lr_ae=1e-3, batch_size=256, batch_ae=256)
 PAPER_CELEB = dict(z_dim=256, dim=256, lr_ae=2e-4, lr_score=5e-5, n_steps=1000, beta_min=0.1,
@@ -81,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--blocks", type=number(int, 1), default=2, help="layers of the MLP's trunk")
     flag("--dim", type=number(int, 8), default=64, help="of the UNet; 128 for 10 modalities")
     flag("--dim_mults", type=number(int, 1), nargs="+", default=[1, 2, 2, 2], help="of the UNet")
+    flag("--energy_net", default="dot", choices=["dot", "mlp"], help="of the pairs; mlp: theirs")
     flag("--parametrisation", default="v", choices=["v", "eps", "score"], help="the net's output")
     flag("--time_scale", type=number(float, 0, open_low=True), default=1000.0)
     flag("--standardise", default="dim", choices=["none", "dim", "modality"],
@@ -97,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch_ae", type=number(int, 1), default=32, help="the autoencoders': many small steps")
     flag("--lr_ae", type=number(float, 0, open_low=True), default=2e-3)
     flag("--lr_score", type=number(float, 0, open_low=True), default=1e-3)
-    flag("--lr_energy", type=number(float, 0, open_low=True), default=5e-4)
+    flag("--lr_energy", type=number(float, 0, open_low=True), default=2e-3)
     flag("--schedule", default="cosine", choices=["constant", "plateau", "cosine"],
          help="of the learning rate; plateau is for the autoencoders only")
     flag("--vae_beta", type=number(float, 0), nargs="+", default=[0.05], help="one, or one each")
@@ -412,6 +414,25 @@ class PairEnergy(nn.Module):
         return self.out(h)[..., 0]
 
 
+class DotEnergy(nn.Module):
+    """E(z_i, z_j, t) = b - h_i(z_i, t) . h_j(z_j, t) [b], a first layer for each of m modalities: a
+    product finds in a few thousand steps what belongs together, PairEnergy in many times that."""
+
+    def __init__(self, m: int, args):
+        super().__init__()
+        self.m, self.scale, a = m, args.time_scale, 256
+        self.extract = nn.Sequential(nn.Linear(m * args.z_dim + 32, a), nn.SiLU(),
+                                     nn.Linear(a, a), nn.SiLU(), nn.Linear(a, 64))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z_i: Tensor, z_j: Tensor, i: Tensor, j: Tensor, t: Tensor) -> Tensor:
+        time = embed(self.scale * t, 32)
+        placed = ((F.one_hot(k, self.m)[..., None] * z[:, None]).flatten(1)
+                  for z, k in ((z_i, i), (z_j, j)))                        # [b m*d], zero elsewhere
+        h_i, h_j = (self.extract(torch.cat([z, time], 1)) for z in placed)
+        return self.bias - (h_i * h_j).sum(1)
+
+
 class SBM(nn.Module):
     """All nets for modalities of given shapes; modalities of one shape share a bank."""
 
@@ -423,7 +444,10 @@ class SBM(nn.Module):
         self.autoencoders = nn.ModuleList(
             Autoencoders(kind, len(bank), args) for kind, bank in zip(kinds, self.banks))
         self.score_net = (MLP if args.score_net == "mlp" else Unet)(len(shapes), args)
-        self.energy = PairEnergy(args) if args.epochs_energy else None
+        self.energy = None
+        if args.epochs_energy:
+            dot = args.energy_net == "dot"
+            self.energy = DotEnergy(len(shapes), args) if dot else PairEnergy(args)
         self.sde = VPSDE(args.beta_min, args.beta_max)
         self.register_buffer("mean", torch.zeros(len(shapes), args.z_dim))
         self.register_buffer("std", torch.ones(len(shapes), args.z_dim))
@@ -541,12 +565,13 @@ def ae_loss(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     return metrics
 
 
-def pair_loss(energy, z: Tensor, sde: VPSDE, noise_negatives: bool = False) -> Tensor:
+def pair_loss(energy, z: Tensor, sde: VPSDE, noise_negatives: bool = False,
+              times: str = "uniform") -> Tensor:
     """Noise contrast of pairs of one tuple (positives) against shuffled ones, 2 ln 2 at E = 0."""
     b, m, _ = z.shape
     row, i = torch.arange(b, device=z.device), torch.randint(m, (b,), device=z.device)
     j = (i + torch.randint(1, m, (b,), device=z.device)) % m
-    t, t_minus = 1e-5 + (1 - 1e-5) * torch.rand(2, b, device=z.device)
+    t, t_minus = random_times(2 * b, sde, times, z.device).view(2, b)
 
     def noised(v, time):
         alpha, sigma = sde.alpha_sigma(time[:, None])
@@ -688,7 +713,7 @@ def stage_score(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
 
 
 def stage_energy(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
-    return {"loss": pair_loss(model.energy, x["z"], model.sde, args.noise_negatives)}
+    return {"loss": pair_loss(model.energy, x["z"], model.sde, args.noise_negatives, args.times)}
 
 
 def train_step(model: SBM, x: dict[str, Tensor], loss_fn, opt, args) -> dict[str, Tensor]:

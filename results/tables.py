@@ -60,7 +60,7 @@ def table(folder: str, columns: list[tuple[str, str]]) -> str:
 METHODS = {
     "jnf": ("Gaussian posteriors (JMVAE)", "", {
         "synth_mnist_svhn": ("default", "gaussian"),
-        "mnist_svhn": ("3000-steps-lr-2e-3", "gaussian-3000-steps-lr-2e-3")}),
+        "mnist_svhn": ("3000-steps-warmup", "gaussian-3000-steps-warmup")}),
     "sbm_vae": ("latents of different items", "_independent", {
         "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("default", "default")}),
     "latent_ebm_prior": ("Laplace prior (MMVAE+)", "_base", {

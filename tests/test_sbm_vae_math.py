@@ -310,6 +310,30 @@ def test_guidance_turns_the_marginal_into_the_conditional_score():
         assert (sbm_vae.guidance(exact_energy, z, t, torch.tensor(nothing)) == 0).all()
 
 
+def test_dot_energy_is_symmetric_learns_pairs_and_guides_one_latent_towards_the_other():
+    torch.manual_seed(0)
+    args = sbm_vae.parse_args(["--z_dim", "4"])
+    energy, sde = sbm_vae.DotEnergy(2, args), sbm_vae.VPSDE(0.1, 20.0)
+
+    def draw(n):                                                           # z_1 = -z_0, and noise
+        z = torch.randn(n, 1, 4)
+        return torch.cat([z, -z], 1) + 0.3 * torch.randn(n, 2, 4)
+    opt = torch.optim.Adam(energy.parameters(), 2e-3)
+    for _ in range(300):
+        loss = sbm_vae.pair_loss(energy, draw(256), sde, times="angle")
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert loss.item() < 2 * math.log(2) - 0.1
+    z, i, t = draw(200), torch.zeros(200, dtype=torch.long), torch.full((200,), 0.01)
+    there, back = energy(z[:, 0], z[:, 1], i, i + 1, t), energy(z[:, 1], z[:, 0], i + 1, i, t)
+    assert torch.allclose(there, back, atol=1e-5)
+    energy.requires_grad_(False)
+    z[:, 1] = 0
+    push = sbm_vae.guidance(energy, z, torch.tensor(0.01), torch.tensor([True, False]))[:, 1]
+    assert torch.cosine_similarity(push, -z[:, 0]).mean() > 0.5
+
+
 @pytest.mark.parametrize("sampler", ["pc", "ode"])
 def test_weight_zero_is_no_guidance_and_another_weight_adds_to_the_score(sampler):
     def run(**options):
