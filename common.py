@@ -853,7 +853,7 @@ class Run(AbstractContextManager):
         self._signal = number
         self.stop_requested = number if self.world == 1 else 0              # else checkpoint_due
         signal.signal(number, self._handlers[number])                       # a second one aborts
-        os.write(2, b"\nstopping after this step\n")
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
 
 def _pick_device(name: str) -> torch.device:
