@@ -169,8 +169,7 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
         (x, y), (x_test, y_test) = train.modality(m), test.modality(m)
         key = hashlib.sha256(x.cpu().contiguous().numpy())
         key.update(y.cpu().contiguous().numpy())
-        file_name = f"{train.name}_{m}_{Judge.VERSION}_{key.hexdigest()[:16]}.pt"
-        path = Path(cache_dir) / file_name
+        path = Path(cache_dir) / f"{train.name}_{m}_{Judge.VERSION}_{key.hexdigest()[:16]}.pt"
         with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
             torch.manual_seed(0)
             judges[m] = judge = Judge(x.shape[1:], int(y.max()) + 1)
@@ -471,14 +470,10 @@ def _tile(images: Tensor, n_cols: int, side: int = 64) -> Tensor:
     return make_grid(images.clamp(0, 1), n_cols, padding=2, pad_value=1)
 
 
-def save_grid(path, images: Tensor, n_cols: int, title: str | None = None) -> None:
-    """PNG of images [n c h w] in [0, 1], n_cols a row."""
-    _save_rows(path, [[(title or "", _tile(images, n_cols))]])
-
-
-def save_joint_grid(path, samples: dict[str, Tensor]) -> None:
-    """PNG with a row per modality [n c h w]; column i is one joint sample."""
-    _save_rows(path, [[(m, _tile(x, len(x)))] for m, x in samples.items()])
+def save_grid(path, blocks: dict[str, Tensor], n_cols: int | None = None) -> None:
+    """PNG with a block of pictures per title, images [n c h w] in [0, 1], n_cols a row; by default
+    a row each: modalities below one another, a column a joint sample."""
+    _save_rows(path, [[(title, _tile(x, n_cols or len(x)))] for title, x in blocks.items()])
 
 
 def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[str, Tensor]]):
@@ -491,10 +486,8 @@ def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[st
 
 def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4) -> None:
     """samples.png: 16 joint samples; cross.png: k draws of all modalities given each single one.
-
-    sample and generate as for coherence_joint and coherence_cross; given {m: [r c h w]}.
-    """
-    save_joint_grid(Path(folder) / "samples.png", sample(16))
+    sample and generate as for coherence_joint and coherence_cross; given {m: [r c h w]}."""
+    save_grid(Path(folder) / "samples.png", sample(16))
     cross = {}
     for m, x in given.items():
         images = generate({m: x.repeat_interleave(k, 0)}, list(given))
@@ -811,6 +804,13 @@ class Run(AbstractContextManager):
         torch.manual_seed(self.args.seed + 10**6 * self.rollbacks + self.rank)
         return _read(path)["state"]
 
+    def begin_evaluation(self) -> None:
+        """Training is over and saved: a signal ends the run at once from here on. Seeds torch."""
+        self._give_back_signals()
+        if self.stop_requested:                                             # after the last step
+            self.stop()
+        torch.manual_seed(self.args.seed)
+
     def time_samples(self, sample) -> None:
         """result.json's seconds_per_1000: wall seconds of sample(1000), decoded, once warm."""
         for n in (10, 1000):
@@ -843,11 +843,15 @@ class Run(AbstractContextManager):
 
     def close(self) -> None:
         """Give back signals, files and the folder's lock; may be called twice."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._give_back_signals()
         for file in filter(None, (self._log, self._lock)):
             file.close()
-        self._handlers, self._log, self._lock = {}, None, None
+        self._log = self._lock = None
+
+    def _give_back_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def _on_signal(self, number: int, _) -> None:
         self._signal = number

@@ -545,7 +545,7 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
 def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Every figure twice: revised by the EBM, and with _initial of the generator alone; _noise:
     chains from noise."""
-    torch.manual_seed(args.seed)
+    run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, k = run.device, args.x_steps_test
     judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)

@@ -602,7 +602,7 @@ def train(model: JNF, train_set: data.Dataset, val_set: data.Dataset, args, run)
 def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Posterior match, coherence, Fréchet distances, chain diagnostics, pictures; test split.
     kl_<m>_nats estimates the mean KL(q(z|X) || q_m(z|x_m)), what stage U leaves unexplained."""
-    torch.manual_seed(args.seed)
+    run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, stats, metrics = run.device, {}, {}
     for name, loss_fn in (("joint", joint_loss), ("flow", flow_loss)):

@@ -704,7 +704,7 @@ def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float
                                        args.n_eval, args.eval_batch, real)
         for end in (f"_k{k}", "") if k == args.prior_steps else (f"_k{k}",):
             metrics |= {key.removesuffix(f"_{m}") + end: v for key, v in found.items()}
-    common.save_joint_grid(run.dir / "samples.png", pictures)
+    common.save_grid(run.dir / "samples.png", pictures)
     return metrics
 
 
@@ -724,7 +724,7 @@ def draw_layers(model: JointEBM, x: Tensor, args, run) -> None:
         layer = slice(sum(dims[:i]), sum(dims[:i + 1]))
         rows[:, 1:, layer] = eps[n:, layer]
         pictures = images(model, prior.to_z(rows.flatten(0, 1)))
-        common.save_grid(run.dir / f"layer_{i + 1}.png", pictures, n + 1, f"layer {i + 1} varied")
+        common.save_grid(run.dir / f"layer_{i + 1}.png", {f"layer {i + 1} varied": pictures}, n + 1)
     z = sample_posterior(model, repeat(2 * x - 1, "r ... -> (r s) ...", s=2), args)
     again = {f"above {k} kept": rearrange(images(model, resample_below(
         model, z, k, args.prior_steps, args)), "(r s) c h w -> r s c h w", s=2)
@@ -750,7 +750,7 @@ def evaluate(model: JointEBM, train_set: data.Dataset, tests: list[data.Dataset]
              auprc: list[list[float]], judges, args, run) -> dict[str, float]:
     """Fréchet distance against the number of steps, pictures, chains, anomaly and OOD; test split.
     A class that was held out is not in the distances."""
-    torch.manual_seed(args.seed)
+    run.begin_evaluation()
     model.requires_grad_(False).eval()
     m, metrics, test = image_name(train_set), {}, tests[0]
     if args.held_out >= 0:

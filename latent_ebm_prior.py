@@ -679,7 +679,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     coherence_*_base: the same autoencoder with p0. Without Langevin steps (--cross_steps 0) cross
     generation asks no prior, so coherence_cross_* and *_base then are one number.
     """
-    torch.manual_seed(args.seed)
+    run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, use_ebm = run.device, args.prior == "ebm"
     bound = argparse.Namespace(**vars(args) | {"objective": "iwae"})

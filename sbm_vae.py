@@ -869,7 +869,7 @@ def measure_joint(model: SBM, z: Tensor, judges, args, real) -> dict[str, float]
 
 def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Coherence, distances, precision, recall, F1, sampler curve, guidance sweep; test split."""
-    torch.manual_seed(args.seed)
+    run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, n = run.device, args.n_eval
     judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)

@@ -256,6 +256,23 @@ def test_a_signal_asks_for_a_checkpoint_and_an_end(open_run, number, code, capsy
     assert {n: signal.getsignal(n) for n in before} == before
 
 
+def test_a_signal_in_an_evaluation_ends_the_run_at_once(open_run, capsys):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    run = open_run(seed=3)
+    run.begin_evaluation()
+    assert {n: signal.getsignal(n) for n in before} == before
+    assert torch.equal(torch.rand(2), torch.manual_seed(3) and torch.rand(2))
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    run.close()
+    run = open_run(seed=4)
+    os.kill(os.getpid(), signal.SIGTERM)                       # after the last step of training
+    with pytest.raises(SystemExit) as stop:
+        run.begin_evaluation()
+    assert stop.value.code == 143 and "--resume" in capsys.readouterr().out
+
+
 def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypatch):
     run, now = open_run(ckpt_minutes=1.0), time.monotonic()
     for seconds in range(0, 61, 5):
@@ -314,7 +331,7 @@ def test_ranks_have_noise_of_their_own_share_the_model_and_sync_rarely(tmp_path)
         assert torch.equal(before, torch.get_rng_state()) == (run.rank == 0)
         assert not other(net.weight.detach()[0]) and other(torch.randn(1))
         if run.rank:
-            common.save_grid(run.dir / "rank1.png", torch.rand(2, 1, 8, 8), 2)
+            common.save_grid(run.dir / "rank1.png", {"x": torch.rand(2, 1, 8, 8)})
         reduce, count = dist.all_reduce, []
         dist.all_reduce = lambda *a: (count.append(1), reduce(*a))
         for step in range(100):
