@@ -563,7 +563,7 @@ def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.
     flag("--compile", action=switch, default=False, help="torch.compile")
     flag("--n_train", type=number(int, 20), help="use so many items for train + val, default all")
     flag("--n_test", type=number(int, 2), help="use so many test items, default all")
-    flag("--n_modalities", type=number(int, 2, 16), default=3, help="synth_polymnist only")
+    flag("--n_modalities", type=number(int, 2, 16), default=3, help="synth_polymnist, polymnist10")
     flag("--n_eval", type=number(int, 2), default=10_000, help="items and samples evaluated")
     flag("--eval_batch", type=number(int, 1), default=1000)
     return p

@@ -161,13 +161,13 @@ def encode(net, images: Tensor, batch_size: int = 1000) -> Tensor:
     return torch.cat([net(x.float() / 255) for x in images.split(batch_size)])
 
 
-def load(name: str, split: str, data_dir="datasets", n: int | None = None, n_modalities: int = 5,
-         seed: int = 0, pairings: int = 1) -> Dataset:
+def load(name: str, split: str, data_dir="datasets", n: int | None = None,
+         n_modalities: int | None = None, seed: int = 0, pairings: int = 1) -> Dataset:
     """The data set name, split train | val | test, on the CPU.
 
     n             tuples of train and val together, or of test. Generated sets: 30,000 and 5,000;
                   sets from files: the first n images of each file, default all.
-    n_modalities  of synth_polymnist, 2 .. 16.
+    n_modalities  of synth_polymnist, 2 .. 16, default 5; of polymnist10 the first, default 10.
     seed          of generated sets and of mnist_svhn's first training pairing, nothing else.
     pairings      of mnist_svhn: how often an epoch of train holds each mnist image.
     Options that a set does not have are ignored. DataError for every missing or wrong file.
@@ -177,12 +177,12 @@ def load(name: str, split: str, data_dir="datasets", n: int | None = None, n_mod
     _require(n is None or n >= 2, f"{name}: n must be 2 or more, not {n}")
     data_dir = Path(data_dir).expanduser().absolute()
     if name in SYNTHETIC:
-        return _synthetic(name, split, data_dir, n, n_modalities, seed)
+        return _synthetic(name, split, data_dir, n, n_modalities or 5, seed)
     try:
         if name == "mnist_svhn":
             return _mnist_svhn(split, data_dir, n, seed, pairings)
         if name in OFFICIAL:
-            return _polymnist(name, split, data_dir, n)
+            return _polymnist(name, split, data_dir, n, n_modalities)
         if name == "celebamask_hq":
             return _celebamask_hq(split, data_dir, n)
         if name == "cub":
@@ -360,7 +360,7 @@ def _mnist_svhn(split: str, data_dir: Path, n: int | None, seed: int, pairings: 
                    rows={m: _draw(y, pool_y[m], generator) for m in parts}, pool_y=pool_y)
 
 
-def _polymnist(name: str, split: str, data_dir: Path, n: int | None) -> Dataset:
+def _polymnist(name: str, split: str, data_dir: Path, n: int | None, n_modalities) -> Dataset:
     """PolyMNIST and its kin: the official files, else built as the papers did, the same for every
     seed, from MNIST and the pictures <data_dir>/backgrounds/<number>_*.jpg.
 
@@ -369,7 +369,7 @@ def _polymnist(name: str, split: str, data_dir: Path, n: int | None) -> Dataset:
     of the modality's picture are inverted. Translated: digits shrunk to 21x21, at offsets 0 .. 6.
     70,000 tuples: 0.8 GB, 5 s (polymnist10 twice that); official PNGs take a minute to decode.
     """
-    names = [f"m{i}" for i in range(10 if name == "polymnist10" else 5)]
+    names = [f"m{i}" for i in range(min(n_modalities or 10, 10) if name == "polymnist10" else 5)]
     folder, pictures = data_dir / OFFICIAL[name], data_dir / "backgrounds"
     if folder.is_dir():
         part = "train" if split == "val" and not (folder / "val").is_dir() else split

@@ -51,17 +51,17 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 POLY = dict(z_dim=64, ae_net="resnet", epochs_ae=200, epochs_score=500, batch_size=256,
             batch_ae=256, lr_ae=1e-3, lr_score=5e-4, width=512, vae_beta=[0.5], dim=64)
-PRESETS = {                                                                # --preset ours
+PRESETS = {"synth_mnist_svhn": {}, "paired": {},                           # --preset ours
     "synth_polymnist": dict(n_modalities=4, n_eval=2000), "mnist_svhn": dict(epochs_score=45),
-    "polymnist": POLY, "polymnist10": POLY | dict(dim=128), "synth_mnist_svhn": {}, "paired": {},
+    "polymnist": POLY, "polymnist10": dict(POLY, dim=128, n_modalities=10),
     "celebamask_hq": dict(POLY, z_dim=256, vae_beta=[0.1, 1.0, 0.1], lr_ae=2e-4, epochs_ae=300,
                           dim=256, dim_mults=[1, 2, 2, 2, 2], epochs_score=1000, lr_score=1e-4)}
-PAPER = dict(ae_net="resnet", score_net="unet", parametrisation="score", standardise="none",
-             ema=0.0, time_scale=1.0, times="uniform", cond_train="none", obs_noise="official",
-             sampler="pc", n_steps=100, corrector="official", beta_min=1.0, beta_max=5.0,
-             schedule="plateau", z_dim=64, dim=64, noise_negatives=True, lr_score=5e-4,
-             energy_net="mlp", lr_energy=5e-4, vae_beta=[0.5], lr_ae=1e-3, batch_size=256,
-             batch_ae=256)
+PAPER = dict(
+    ae_net="resnet", score_net="unet", parametrisation="score", standardise="none", ema=0.0,
+    time_scale=1.0, times="uniform", cond_train="none", obs_noise="official", sampler="pc",
+    n_steps=100, corrector="official", beta_min=1.0, beta_max=5.0, schedule="plateau", z_dim=64,
+    dim=64, noise_negatives=True, lr_score=5e-4, energy_net="mlp", lr_energy=5e-4, vae_beta=[0.5],
+    lr_ae=1e-3, batch_size=256, batch_ae=256)
 PAPER_MORE = {"polymnist10": dict(dim=128), "celebamask_hq": dict(         # on top of PAPER
     z_dim=256, dim=256, lr_ae=2e-4, lr_score=5e-5, n_steps=1000, beta_min=0.1, beta_max=20.0,
     schedule="constant", vae_beta=[0.1, 1.0, 0.1])}

@@ -391,8 +391,16 @@ def test_polymnist_inverts_a_crop_under_another_digit_of_the_class(tmp_path):
                     partner[i, m] = k
         assert sorted(partner[:, m]) == list(range(30))         # a permutation within each class
     assert len({tuple(column) for column in partner.T}) == 5    # of its own in each modality
-    again = load("polymnist", "test", tmp_path, seed=3)
+    again = load("polymnist", "test", tmp_path, seed=3, n_modalities=2)     # five all the same
     assert all(torch.equal(d.x[m], again.x[m]) for m in d.x)
+
+
+def test_polymnist10_has_as_many_modalities_as_asked_for_the_same_ones(tmp_path):
+    write_mnist(tmp_path, n_test=30)
+    write_backgrounds(tmp_path, 10)
+    all_ten, two = (load("polymnist10", "test", tmp_path, n_modalities=k) for k in (None, 2))
+    assert len(all_ten.x) == 10 and list(two.x) == ["m0", "m1"]
+    assert all(torch.equal(two.x[m], all_ten.x[m]) for m in two.x)
 
 
 def test_translated_polymnist_shrinks_and_moves(tmp_path):
