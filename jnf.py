@@ -49,7 +49,7 @@ import data
 
 # ---- Config --------------------------------------------------------------------------------------
 # The authors' values where known, else ours: README, JNF in detail.
-SYNTH = dict(epochs_shared=5, epochs_joint=15, epochs_flow=10)
+SYNTH = dict(epochs_shared=5, epochs_joint=10, epochs_flow=7, lr=2e-3, lr_warmup=500)
 POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30, n_leapfrog=25)
 PRESETS = {
     "synth_mnist_svhn": SYNTH,
