@@ -862,8 +862,7 @@ def measure_joint(model: SBM, z: Tensor, judges, args, real) -> dict[str, float]
         scores = [common.precision_recall(real.features[m], torch.cat([f for _, f in v]))
                   for m, v in seen.items()]
         metrics |= {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
-        distances = [v for k, v in metrics.items() if k.startswith("frechet_clf_m")]
-        metrics["frechet_clf"] = sum(distances) / max(len(distances), 1)
+        metrics["frechet_clf"] = sum(metrics[f"frechet_clf_{m}"] for m in judges) / len(judges)
     return metrics
 
 
@@ -893,7 +892,7 @@ def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run)
     apart = torch.stack([latents[:, j].roll(j * (len(latents) // latents.shape[1] + 1), 0)
                          for j in range(latents.shape[1])], 1)
     metrics = {f"{k}_independent": v for k, v in measure_joint(
-        model, apart, judges, args, real).items() if not k.startswith("frechet_clf_m")}
+        model, apart, judges, args, real).items() if not k.startswith("frechet_clf_")}
     metrics |= {f"{k}_reconstructed": v for k, v in measure_joint(
         model, latents, judges, args, real).items() if k.startswith(("coherence", "frechet_clf"))}
     metrics |= measure_joint(model, joint(n), judges, args, real)

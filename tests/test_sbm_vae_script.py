@@ -83,6 +83,8 @@ def test_four_modalities_with_judges_all_files_all_metrics_and_eval_only(tmp_pat
             "recall", "agree_anchored_4", "agree_majority_2", "frechet_clf", "frechet_clf_cross_2",
             "coherence_cross_3_guided_1"} <= set(metrics)
     assert {"frechet_clf_by_calls_ode_4", "coherence_joint_by_calls_pc_4"} <= set(metrics)
+    each = [metrics[f"frechet_clf_m{j}"] for j in range(4)]
+    assert metrics["frechet_clf"] == pytest.approx(sum(each) / 4)
     assert list(dict.fromkeys(r["stage"] for r in lines(run_dir))) == ["ae", "score", "energy",
                                                                       "ode", "pc"]
     again = sbm_vae.main([*arguments, "--eval_only"])
