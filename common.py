@@ -36,8 +36,9 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
                  "pt_inception-2015-12-05-6726825d.pth")        # ends in its sha256's first digits
 RUN_FILES = ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "result.json",
              "samples.png", "cross.png", "curves.png", "diagnostics.png", "posteriors.png")
-RUN_FLAGS = ("data_dir", "out_dir", "device", "resume", "overwrite", "eval_only", "checkpoint",
-             "ckpt_minutes", "log_every", "amp", "compile", "n_test", "n_eval", "eval_batch")
+RUN_FLAGS = ("data_dir", "out_dir", "judges", "device", "resume", "overwrite", "eval_only",
+             "checkpoint", "ckpt_minutes", "log_every", "amp", "compile", "n_test", "n_eval",
+             "eval_batch")
 
 
 class RunError(ValueError):
@@ -551,6 +552,7 @@ def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.
     flag("--dataset", default=default, choices=datasets, help="loads that data set's preset")
     flag("--data_dir", default="datasets", help="where files are, or are downloaded to")
     flag("--out_dir", default="runs", help="run folder: <out_dir>/<script>/<dataset>/<seed>")
+    flag("--judges", help="folder of the classifiers that judge, default <out_dir>/judges")
     flag("--seed", type=number(int, 0), default=0)
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     flag("--resume", action="store_true", help="continue from the checkpoint, exactly")
@@ -669,6 +671,7 @@ class Run(AbstractContextManager):
         self.args, self.script, self.device = args, script, device
         self.rank, self.world = rank, world
         self.dir = Path(args.out_dir) / script / args.dataset / str(args.seed)
+        self.judges = Path(args.judges or Path(args.out_dir) / "judges")
         self.stop_requested = self._signal = self.rollbacks = 0             # the signal's number
         self._start = self._saved = self._synced = time.monotonic()
         self._calls, self._sync_every = 0, 1                                # of checkpoint_due

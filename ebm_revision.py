@@ -548,7 +548,7 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, k = run.device, args.x_steps_test
-    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    judges = common.load_judges(train_set, test, run.judges, device, run.say)
     real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
     metrics = dict(real.metrics)
 
@@ -641,18 +641,26 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
 
 # ---- Main ----------------------------------------------------------------------------------------
 def ablation(argv: list[str], args) -> dict[str, float]:
-    """Every variant of ABLATION with the other flags as given: a table, and ablation.json."""
-    keys = ["coherence_joint", "coherence_joint_initial", "coherence_joint_noise",
-            "coherence_cross_1", "coherence_cross_1_initial"]
-    table = {}
+    """Every variant of ABLATION with the other flags as given: a table, and ablation/<seed>.json.
+    Called again it reads the finished variants and resumes the one that broke off."""
+    keys = [f"coherence_{k}" for k in ("joint", "joint_initial", "joint_noise", "cross_1",
+                                       "cross_1_initial")]
+    table, root = {}, Path(args.out_dir) / "ablation"
+    argv = [a for a in argv if a not in ("--ablation", "--resume")]
+    argv += ["--judges", args.judges or str(root / "judges")]
     for name, flags in ABLATION.items():
-        out = Path(args.out_dir) / "ablation" / name.replace(" ", "_")
-        found = main([*(a for a in argv if a != "--ablation"), *flags, "--out_dir", str(out)])
+        out = root / name.replace(" ", "_")
+        run = out / "ebm_revision" / args.dataset / str(args.seed)
+        again = (run / "checkpoint.pt").exists() and not args.overwrite
+        if again and (run / "result.json").exists():
+            found = json.loads((run / "result.json").read_text())["metrics"]
+        else:
+            found = main([*argv, *flags, "--out_dir", str(out), *["--resume"] * again])
         table[name] = {key: found[key] for key in keys if key in found}
     print(f"{'variant':18s}" + "".join(f"{key[10:]:>17s}" for key in keys))
     for name, row in table.items():
         print(f"{name:18s}" + "".join(f"{row.get(key, math.nan):17.3f}" for key in keys))
-    Path(args.out_dir, "ablation", "ablation.json").write_text(json.dumps(table, indent=1))
+    (root / f"{args.seed}.json").write_text(json.dumps(table, indent=1))
     return {f"{name}: {key}": v for name, row in table.items() for key, v in row.items()}
 
 

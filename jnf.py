@@ -37,7 +37,6 @@ import argparse
 import math
 from functools import cache, partial
 from itertools import combinations, islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -608,7 +607,7 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
     for name, loss_fn in (("joint", joint_loss), ("flow", flow_loss)):
         values = validate(model, test, loss_fn, args, device)
         metrics |= {f"loss_{name}": values.pop("loss")} | values
-    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    judges = common.load_judges(train_set, test, run.judges, device, run.say)
     real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
 
     def decode(z, targets=model.modalities):

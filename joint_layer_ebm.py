@@ -803,7 +803,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             auprc = train(model, train_set, tests, args, run)
         args.n_eval = min(args.n_eval, len(test))
-        judges = common.load_judges(everything, test, f"{args.out_dir}/judges", run.device, run.say)
+        judges = common.load_judges(everything, test, run.judges, run.device, run.say)
         metrics = evaluate(model, train_set, tests, auprc, judges, args, run)
         return run.finish(metrics, train_set.note, len(test))
 

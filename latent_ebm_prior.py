@@ -41,7 +41,6 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
 import argparse
 import math
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -686,7 +685,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     metrics = common.mean_over(
         lambda x: {"bound_nats": objective(model, x, bound, use_ebm)["bound_nats"]},
         data.batches(test, args.eval_batch), device)
-    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    judges = common.load_judges(train_set, test, run.judges, device, run.say)
     real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
 
     def sample(n, steps=args.prior_steps if use_ebm else 0):

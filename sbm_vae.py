@@ -38,7 +38,6 @@ Deviations from the authors' public code (--preset paper undoes those marked *)
 import argparse
 import math
 from itertools import combinations, islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -871,7 +870,7 @@ def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run)
     run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, n = run.device, args.n_eval
-    judges = common.load_judges(train_set, test, Path(args.out_dir) / "judges", device, run.say)
+    judges = common.load_judges(train_set, test, run.judges, device, run.say)
     real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
     real.features = {m: torch.cat([judge(x[m])[1] for x in data.batches(
         test, args.eval_batch, device=device, names=[m])]) for m, judge in judges.items()}

@@ -37,6 +37,11 @@ sbm_vae synth_polymnist obs-noise-fresh 0 --eval_only --checkpoint runs/results/
 sbm_vae synth_polymnist obs-noise-fixed 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
 sbm_vae synth_polymnist obs-noise-official 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
 sbm_vae polymnist small 0 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 45 --width 192 --lr_score 1e-3 --n_eval 2000
+sbm_vae polymnist10 2-modalities 0 --n_modalities 2 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
+sbm_vae polymnist10 4-modalities 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
+sbm_vae polymnist10 8-modalities 0 --n_modalities 8 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
+sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
+ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 ebm_revision mnist_svhn small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
@@ -71,6 +76,10 @@ latent_ebm_prior synth_mnist_svhn default 1
 ebm_revision synth_mnist_svhn default 1
 ebm_revision synth_mnist_svhn mixed 1 --epochs 21 --mixed 1 --x_steps_test 60
 jnf synth_mnist_svhn default 2
+jnf synth_mnist_svhn gaussian 1 --flow_blocks 0
+jnf synth_mnist_svhn gaussian 2 --flow_blocks 0
+joint_layer_ebm synth_svhn default 1
+joint_layer_ebm synth_svhn default 2
 sbm_vae synth_mnist_svhn default 2
 latent_ebm_prior synth_mnist_svhn default 2
 ebm_revision synth_mnist_svhn default 2
@@ -96,7 +105,8 @@ while read -r script dataset variant seed flags; do
         echo "run:  $name"
         # shellcheck disable=SC2086
         timeout --foreground --kill-after=60 "$((end - $(date +%s)))" python "$script.py" --dataset "$dataset" \
-            --seed "$seed" --out_dir "$out" --device "$device" --data_dir "${data:-datasets}" \
+            --seed "$seed" --out_dir "$out" --judges runs/judges --device "$device" \
+            --data_dir "${data:-datasets}" \
             $flags $resume < /dev/null
         code=$?
         if [ ! -e "$folder/result.json" ]; then

@@ -147,9 +147,15 @@ def test_two_processes(paired):
 def test_ablation_prints_every_variant(paired, capsys, monkeypatch):
     monkeypatch.setattr(ebm_revision, "ABLATION", {k: ebm_revision.ABLATION[k] for k in
                                                    ("both from noise", "staged", "k_x 0")})
-    ebm_revision.main(flags(paired, "--ablation", "--epochs", "2"))
+    table = ebm_revision.main(flags(paired, "--ablation", "--epochs", "2"))
     out = capsys.readouterr().out
     assert all(f"\n{name}" in out for name in ebm_revision.ABLATION)
+    run = paired / "runs/ablation/staged/ebm_revision/paired/0"
+    (run / "result.json").unlink()                              # as if it had broken off there
+    again = ebm_revision.main(flags(paired, "--ablation", "--epochs", "2"))
+    out = capsys.readouterr().out
+    assert again == table and out.count("all metrics are in") == 1
+    assert (paired / "runs/ablation/0.json").exists()
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -24,8 +24,9 @@ def open_run(tmp_path):
     runs = []
 
     def make(**flags):
-        args = dict(dataset="toy", seed=0, out_dir=str(tmp_path), device="cpu", resume=False,
-                    overwrite=False, eval_only=False, checkpoint=None, ckpt_minutes=5.0)
+        args = dict(dataset="toy", seed=0, out_dir=str(tmp_path), device="cpu", judges=None,
+                    resume=False, overwrite=False, eval_only=False, checkpoint=None,
+                    ckpt_minutes=5.0)
         runs.append(common.open_run(Namespace(**args | flags), __file__, ["--seed", "0"]))
         return runs[-1]
     yield make
@@ -37,8 +38,8 @@ PROGRAM = """
 import os, signal, sys, time
 from argparse import Namespace
 import torch, common
-args = Namespace(dataset="toy", seed=0, out_dir=sys.argv[1], device="cpu", resume=False,
-                 overwrite=False, eval_only=False, checkpoint=None, ckpt_minutes=5.0)
+args = Namespace(dataset="toy", seed=0, out_dir=sys.argv[1], device="cpu", judges=None,
+                 resume=False, overwrite=False, eval_only=False, checkpoint=None, ckpt_minutes=5.0)
 def main():
     with common.open_run(args, "test_run.py", []) as run:
         {body}
