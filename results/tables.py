@@ -60,14 +60,17 @@ def table(folder: str, columns: list[tuple[str, str]]) -> str:
 METHODS = {
     "jnf": ("Gaussian posteriors (JMVAE)", "", {
         "synth_mnist_svhn": ("default", "gaussian"),
+        "synth_polymnist": ("three-modalities", "three-modalities-gaussian"),
         "mnist_svhn": ("3000-steps-warmup", "gaussian-3000-steps-warmup")}),
     "sbm_vae": ("latents of different items", "_independent", {
-        "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("default", "default")}),
+        "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("default", "default"),
+        "synth_polymnist": ("three-modalities", "three-modalities")}),
     "latent_ebm_prior": ("Laplace prior (MMVAE+)", "_base", {
-        "synth_mnist_svhn": ("default", "default"),
+        "synth_mnist_svhn": ("default", "default"), "synth_polymnist": ("default", "default"),
         "mnist_svhn": ("shared-small", "shared-small")}),
     "ebm_revision": ("generator alone", "_initial", {
         "synth_mnist_svhn": ("default", "default"),
+        "synth_polymnist": ("three-modalities", "three-modalities"),
         "mnist_svhn": ("small-10-steps", "small-10-steps")})}
 
 
@@ -83,20 +86,22 @@ def distance(metrics: dict, suffix: str = "") -> float | None:
     return None if None in values else statistics.mean(values)
 
 
-def comparison(dataset: str) -> str:
-    """One row of each multimodal script on one data set, beside its built-in baseline."""
-    rows = ["| script | joint | given 1 | Fréchet (judge) | baseline | joint | given 1 | Fréchet "
-            "(judge) | seeds | n | minutes | s / 1,000 samples |", "|" + "---|" * 12]
+def comparison(dataset: str, sizes: tuple[int, ...] = (1,)) -> str:
+    """One row of each multimodal script on one data set, beside its built-in baseline; coherence
+    given as many modalities as sizes say."""
+    own = ["joint", *(f"given {k}" for k in sizes), "Fréchet (judge)"]
+    head = ["script", *own, "baseline", *own, "seeds", "n", "minutes", "s / 1,000 samples"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    keys = ["joint", *(f"cross_{k}" for k in sizes)]
     for script, (name, suffix, variants) in METHODS.items():
         results, base = (seeds(script, dataset, variant) for variant in variants[dataset])
         for r, end in [*((r, suffix) for r in base), *((r, "") for r in results)]:
             r["metrics"]["mean"] = distance(r["metrics"], end)
             r["metrics"]["seconds"] = r.get("seconds_per_1000")
         if results:
-            cells = [script, *(cell(results, f"coherence_{k}") for k in ("joint", "cross_1")),
+            cells = [script, *(cell(results, f"coherence_{k}") for k in keys),
                      cell(results, "mean"), name,
-                     *(cell(base, f"coherence_{k}{suffix}") if base else "not run"
-                       for k in ("joint", "cross_1")),
+                     *(cell(base, f"coherence_{k}{suffix}") if base else "not run" for k in keys),
                      cell(base, "mean"), str(len(results)), str(results[0]["n"]),
                      f"{statistics.mean(r['minutes'] for r in results):.0f}",
                      cell(results, "seconds")]
@@ -121,14 +126,54 @@ def draw_comparison(datasets: list[str], path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_scaling(path: Path) -> None:
+    """SBM-VAE with 2, 4, 8 of PolyMNIST's modalities: coherence given k of them, all at once, of
+    reconstructions; and the judge's distance of the two that all runs have."""
+    from matplotlib.figure import Figure
+    found = {m: of_run(f"{m}-modalities", "polymnist10", "sbm_vae") for m in (2, 4, 8)}
+    figure = Figure((8.4, 3), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (m, metrics) in enumerate((m, v) for m, v in found.items() if v):
+        sizes = range(1, m)
+        left.plot(sizes, [metrics[f"coherence_cross_{k}"] for k in sizes], "o-", color=f"C{i}",
+                  label=f"M = {m}")
+    left.set(xlabel="observed modalities", ylabel="coherence of the others")
+    for key, name in (("", "drawn jointly"), ("_reconstructed", "reconstructed")):
+        right.plot([m for m in found if found[m]],
+                   [(found[m][f"frechet_clf_m0{key}"] + found[m][f"frechet_clf_m1{key}"]) / 2
+                    for m in found if found[m]], "o-", label=name)
+    right.set(xlabel="M", ylabel="Fréchet distance (judge), m0 and m1", ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
+    """Means with 95 % intervals over the seeds in results/ebm_revision/<folder>/<seed>.json, each
+    {variant: {metric: value}}."""
+    paths = (ROOT / "results/ebm_revision" / folder).glob("*.json")
+    runs = [json.loads(path.read_text()) for path in sorted(paths)]
+    rows = ["| " + " | ".join([name, *(title for title, _ in columns)]) + " |",
+            "|" + "---|" * (len(columns) + 1)]
+    for variant in runs[0] if runs else []:
+        cells = []
+        for _, key in columns:
+            values = [run[variant][key] for run in runs if key in run[variant]]
+            half = 1.96 * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else None
+            cells.append("" if not values else f"{statistics.mean(values):.3f}"
+                         + (f" ± {half:.3f}" if half is not None else ""))
+        rows.append("| " + " | ".join([variant, *cells]) + " |")
+    return "\n".join(rows)
+
+
 PAPERS = {1: (".063", ".470", ".722", ".494"), 4: (".337", ".941", ".949", ".920"),
           5: (".325", ".964", ".980", ".913"), 7: (".148", ".815", ".941", ".680"),
           9: (".104", ".796", ".935", ".791")}     # VAE, the paper, its successor, HVAE L>0 there
 
 
-def of_run(variant: str, dataset: str = "mnist") -> dict:
-    """Metrics of the first seed of a joint-layer run, {} if there is none."""
-    return next((r["metrics"] for r in seeds("joint_layer_ebm", dataset, variant)), {})
+def of_run(variant: str, dataset: str = "mnist", script: str = "joint_layer_ebm") -> dict:
+    """Metrics of the first seed of a run, {} if there is none."""
+    return next((r["metrics"] for r in seeds(script, dataset, variant)), {})
 
 
 def anomaly() -> str:
@@ -189,8 +234,16 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text()
     made = {name: table(*source) for name, source in TABLES.items()}
+    toy = [("revised", "revised"), ("initial", "initial"), ("from noise", "noise")]
+    ablated = [(name, f"coherence_{key}") for name, key in
+               (("joint, revised", "joint"), ("initial", "joint_initial"),
+                ("from noise", "joint_noise"), ("given 1, revised", "cross_1"),
+                ("initial", "cross_1_initial"))]
     made |= {"comparison": comparison("synth_mnist_svhn"),
-             "comparison_real": comparison("mnist_svhn"), "benchmark": benchmark(),
+             "comparison_real": comparison("mnist_svhn"),
+             "comparison_three": comparison("synth_polymnist", (1, 2)),
+             "toy": intervals("toy", toy, "chains"), "benchmark": benchmark(),
+             "ablation": intervals("ablation", ablated, "variant"),
              "joint_layer_anomaly": anomaly(), "joint_layer_ood": ood()}
     for name, rows in made.items():
         start, end = f"<!-- table {name} -->\n", "<!-- end -->"
@@ -200,7 +253,9 @@ def main() -> int:
     if "--check" in sys.argv:
         return int(text != old)
     readme.write_text(text)
-    draw_comparison(["synth_mnist_svhn", "mnist_svhn"], ROOT / "results/comparison.png")
+    draw_comparison(["synth_mnist_svhn", "synth_polymnist", "mnist_svhn"],
+                    ROOT / "results/comparison.png")
+    draw_scaling(ROOT / "results/sbm_vae/modalities.png")
     return 0
 
 

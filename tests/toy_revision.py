@@ -4,9 +4,10 @@ Data: a joint mixture of four modes; mode k lies in corner k of modality a and o
 sample is right if both its points are nearest to the same corner (chance: 0.25). Four models, each
 with its initialisers on or replaced by noise at equal compute, no warm-up: how often revised
 samples are right, the generator's and chains from noise. Prints the means with 95 % intervals over
-the seeds and draws toy_revision.png.
+the seeds, writes them, a file a seed, and draws toy_revision.png, all to --out.
 """
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -65,12 +66,15 @@ def main(argv=None) -> dict[str, dict[str, tuple[float, float]]]:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument("--steps", type=int, default=150)
-    p.add_argument("--out", default="toy_revision.png")
+    p.add_argument("--out", default=".", help="folder")
     args = p.parse_args(argv)
+    out, found = Path(args.out), [{} for _ in range(args.seeds)]
     figure, table = Figure((11, 2.6), dpi=150, layout="constrained"), {}
     for axes, variant in zip(figure.subplots(1, 4, sharex=True, sharey=True), NOISE):
         runs = [experiment(variant, seed, args.steps) for seed in range(args.seeds)]
-        row = {key: interval([found[key] for found, _ in runs]) for key in runs[0][0]}
+        row = {key: interval([shares[key] for shares, _ in runs]) for key in runs[0][0]}
+        for of_seed, (shares, _) in zip(found, runs):
+            of_seed[variant] = shares
         table[variant] = row
         print(f"{variant:16s}" + "".join(f"  {k} {m:.3f} ± {h:.3f}" for k, (m, h) in row.items()),
               flush=True)
@@ -80,7 +84,9 @@ def main(argv=None) -> dict[str, dict[str, tuple[float, float]]]:
         axes.set_xlim(-2, 2)
         axes.set_ylim(-2, 2)
     axes.legend(fontsize=7)
-    figure.savefig(args.out)
+    figure.savefig(out / "toy_revision.png")
+    for seed, of_seed in enumerate(found):
+        (out / f"{seed}.json").write_text(json.dumps(of_seed, indent=1))
     return table
 
 
