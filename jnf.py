@@ -633,7 +633,7 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
                 "dimensions (experts wider than the prior): there --bound decides")
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     if args.z_dim == 2:
-        draw_posteriors(model, test.take(slice(3), device), args, run.dir)
+        draw_posteriors(model, test.take(slice(3), device), args, run)
     run.time_samples(sample)
     return metrics
 
@@ -648,7 +648,7 @@ def diagnose_chains(model: JNF, test: data.Dataset, args, run, stats) -> dict[st
     return common.chain_report(chains, run.dir / "diagnostics.png", stats["accept_rate"][-1])
 
 
-def draw_posteriors(model: JNF, given: dict[str, Tensor], args, folder: Path) -> None:
+def draw_posteriors(model: JNF, given: dict[str, Tensor], args, run) -> None:
     """posteriors.png, z_dim 2: p(z|x_j) of the decoder, its best diagonal Gaussian, the flow's."""
     axis, rows = torch.linspace(-3.5, 3.5, 200), []
     z = torch.cartesian_prod(axis, axis).to(next(iter(given.values())))    # [g 2]
@@ -662,7 +662,7 @@ def draw_posteriors(model: JNF, given: dict[str, Tensor], args, folder: Path) ->
             flow = log_poe(z, [(*q["encoder"](model.code({m: xi}, m)), q["flow"])]).softmax(0)
             grids = [v.reshape(200, 200).T for v in (p, gaussian, flow)]
             rows.append([xi[0], *grids])
-    common.save_densities(folder / "posteriors.png", rows,
+    common.save_densities(run.dir / "posteriors.png", rows,
                           ["given", "p(z|x)", "best Gaussian", "flow"], reach=3.5)
 
 
