@@ -1,5 +1,7 @@
 """The rules of the repository that a program can check."""
 import ast
+import json
+import math
 import re
 import subprocess
 import sys
@@ -80,6 +82,39 @@ def test_help_says_the_preset_values():
 def test_readme_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, "results/tables.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run: python results/tables.py"
+
+
+QUOTED = {"jnf": "0.52 0.75", "latent_ebm_prior": "0.943 0.897 0.574 0.878",       # from the papers
+          "joint_layer_ebm": ".063 .104 .20 .23 .870 .927 37.73 11.34"}
+
+
+@pytest.mark.parametrize("title, script", [
+    ("JNF", "jnf"), ("SBM-VAE", "sbm_vae"), ("Latent EBM prior", "latent_ebm_prior"),
+    ("Joint-layer EBM", "joint_layer_ebm"), ("EBM revision", "ebm_revision")])
+def test_a_decimal_in_the_text_is_a_metric_of_some_result(title, script):
+    """Rounded as in the text; in a script's section, but for tables, code and QUOTED."""
+    section = re.search(rf"\n### {title}\n(.*?)\n###? ", (ROOT / "README.md").read_text(), re.S)
+    text = re.sub(r"<!-- table.*?<!-- end -->|`[^`]*`", "", section.group(1), flags=re.S)
+    text = re.sub(r"^\|.*$", "", text, flags=re.M)
+    values = []
+    for path in [*(ROOT / "results" / script).rglob("*.json"),
+                 *(ROOT / "results/benchmark").glob("*.json")]:
+        found = json.loads(path.read_text())
+        values += [v for v in numbers(found.get("metrics", found)) if math.isfinite(v)]
+    quoted = QUOTED.get(script, "").split()
+    for number in re.findall(r"(?<![\w.,-])\d[\d,]*\.\d+|(?<![\w.,-])\.\d+", text):
+        places, value = len(number.split(".")[1]), float(number.replace(",", ""))
+        near = [v for v in values if abs(v - value) <= 0.5001 * 10**-places]
+        assert near or number in quoted, f"{number} in the README's section {title}"
+
+
+def numbers(tree):
+    """All numbers in nested dictionaries."""
+    for v in tree.values() if isinstance(tree, dict) else []:
+        if isinstance(v, dict):
+            yield from numbers(v)
+        elif isinstance(v, (int, float)) and not isinstance(v, bool):
+            yield float(v)
 
 
 def test_no_path_of_one_machine():

@@ -258,6 +258,7 @@ def test_a_signal_asks_for_a_checkpoint_and_an_end(open_run, number, code, capsy
 
 
 def test_a_signal_in_an_evaluation_ends_the_run_at_once(open_run, capsys):
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored behind a "&"
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     run = open_run(seed=3)
     run.begin_evaluation()
@@ -266,6 +267,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_at_once(open_run, capsys):
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+    signal.signal(signal.SIGINT, outer)
     run.close()
     run = open_run(seed=4)
     os.kill(os.getpid(), signal.SIGTERM)                       # after the last step of training
