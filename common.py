@@ -14,10 +14,11 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure                            # no display, no pyplot
-from einops import rearrange
 from torch import Tensor, nn
 from torchvision.models.inception import Inception3
 from torchvision.utils import make_grid
@@ -35,7 +35,8 @@ from torchvision.utils import make_grid
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")        # ends in its sha256's first digits
 RUN_FILES = ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "result.json",
-             "samples.png", "cross.png", "curves.png", "diagnostics.png", "posteriors.png")
+             "samples.png", "cross.png", "curves.png", "diagnostics.png", "posteriors.png",
+             "captions.txt")
 RUN_FLAGS = ("data_dir", "out_dir", "judges", "device", "resume", "overwrite", "eval_only",
              "checkpoint", "ckpt_minutes", "log_every", "amp", "compile", "n_test", "n_eval",
              "eval_batch")
@@ -59,16 +60,15 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 class FeatureStats:
     """Mean and unbiased covariance of batches of features: float64 sums about the first mean."""
 
-    def __init__(self, dim: int):
-        self.n, self.sum, self.outer = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+    n = sum = outer = 0
 
     def update(self, features: Tensor) -> None:                 # [b f]
         features = features.detach().double()
         self.origin = self.origin if self.n else features.mean(0)
         centred = features - self.origin
         self.n += len(features)
-        self.sum = self.sum.to(centred) + centred.sum(0)
-        self.outer = self.outer.to(centred) + centred.T @ centred
+        self.sum = self.sum + centred.sum(0)
+        self.outer = self.outer + centred.T @ centred
 
     def mean_cov(self) -> tuple[Tensor, Tensor]:                # [f], [f f]
         mean = self.sum / self.n
@@ -81,7 +81,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> dict[str, float]
     Precision is the share of fake points that lie in the ball of some real point, which reaches to
     its k-th nearest real neighbour. Recall is the same with the roles exchanged."""
     def share(points, centres):
-        radius = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values
+        radius = torch.cat([torch.cdist(part, centres).kthvalue(min(k + 1, len(centres))).values
                             for part in centres.split(1000)])   # k + 1: each is its own nearest
         inside = [(torch.cdist(part, centres) <= radius).any(1) for part in points.split(1000)]
         return torch.cat(inside).double().mean().item()
@@ -175,13 +175,15 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
             torch.manual_seed(0)
             judges[m] = judge = Judge(x.shape[1:], int(y.max()) + 1)
             judge.to(device, memory_format=torch.channels_last)
-            try:
-                judge.load_state_dict(_read(path))
-            except (RunError, RuntimeError, TypeError):         # not there, or broken
-                _train_judge(judge, x.to(device), y.to(device))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as file:
-                    torch.save(judge.state_dict(), file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)                # one trains, others read its file
+                try:
+                    judge.load_state_dict(_read(path))
+                except (RunError, RuntimeError, TypeError):     # not there, or broken
+                    _train_judge(judge, x.to(device), y.to(device))
+                    with atomic_write(path) as file:
+                        torch.save(judge.state_dict(), file)
         judge.eval().requires_grad_(False)
         images = ({m: part.to(device).float() / 255} for part in x_test.split(500))
         seen = _measure(images, {m: judge}, {})[0][m]
@@ -231,10 +233,6 @@ def load_inception(data_dir, device) -> nn.Module | None:
 
 
 # ---- Coherence, and distances to real test images ------------------------------------------------
-def _device(judges: dict) -> torch.device | None:              # None: the data set's own
-    return next((p.device for judge in judges.values() for p in judge.parameters()), None)
-
-
 @torch.no_grad()
 def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
     """Classes {m: [n]} that judges see in batches {m: images}; {key: (mu, cov)} of the features."""
@@ -244,7 +242,7 @@ def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
             classes.setdefault(m, []).append(judges[m](x[m])[0].argmax(1).cpu())
         for key in [key for key in extract if key[1] in x]:
             features = extract[key](x[key[1]])
-            stats.setdefault(key, FeatureStats(features.shape[1])).update(features)
+            stats.setdefault(key, FeatureStats()).update(features)
     return ({m: torch.cat(c) for m, c in classes.items()},
             {key: s.mean_cov() for key, s in stats.items()})
 
@@ -272,7 +270,7 @@ def reference(test, train, judges, inception, n: int = 10_000, batch_size: int =
 
     def measure(dataset):                              # evenly spread: a set may be sorted by class
         index = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
-        take = (dataset.take(i, _device(judges), images) for i in index.split(batch_size))
+        take = (dataset.take(i, names=images) for i in index.split(batch_size))
         return _measure(take, judges, extract)
 
     classes, stats = measure(test)
@@ -309,6 +307,8 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
     Observed: `subsets`, else all non-empty proper ones, or of more than max_subsets a fixed random
     choice, as many of each size. Keys: coherence_<a+b>_to_<target>, coherence_cross_<k> (mean over
     subsets of size k and targets), coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
+    if not (judges or reference and reference.extract):
+        return {}                                               # nobody to look at the samples
     if subsets is None:
         sizes = [list(combinations(test.modalities, k)) for k in range(1, len(test.modalities))]
         if sum(map(len, sizes)) > max_subsets:
@@ -318,7 +318,7 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
     for subset in subsets:
         targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]
-        observed = (test.take(slice(i, i + batch_size), _device(judges), list(subset))
+        observed = (test.take(slice(i, i + batch_size), names=subset)
                     for i in range(0, len(test), batch_size))
         batches = (generate(x, targets) for x in observed)
         single = reference is not None and len(subset) == 1
@@ -387,7 +387,7 @@ def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None
     r_hat, r_hat_95: median and 95 % quantile over coordinates; ess_per_step: mean, a share of the
     draws; autocorrelation_time: mean, in steps. accept_rate and energy [n c] are only drawn."""
     chains = chains.detach().cpu()
-    r_hat, rho = split_r_hat(chains), autocorrelation(chains).mean(1)
+    r_hat, rho = split_r_hat(chains), autocorrelation(chains).nanmean(1)
     size = ess(chains) / math.prod(chains.shape[:2])
     lines = {"autocorrelation by lag, mean": rho[:len(rho) // 2],
              f"first coordinate by step, accept rate {float(accept_rate):.2f}": chains[:, :, 0]}
@@ -479,21 +479,18 @@ def save_grid(path, blocks: dict[str, Tensor], n_cols: int | None = None) -> Non
 
 def save_cross_grid(path, given: dict[str, Tensor], generated: dict[str, dict[str, Tensor]]):
     """PNG with a row of pictures per source m: given[m] [r c h w] as a column, and beside each item
-    its k samples generated[m][t] [r k c h w] of every target t."""
-    def columns(m):
-        return [(t, _tile(x.flatten(0, 1), x.shape[1])) for t, x in generated[m].items()]
-    _save_rows(path, [[(f"{m}, given", _tile(x, 1)), *columns(m)] for m, x in given.items()])
+    its k samples generated[m][t] [r*k c h w] of every target t."""
+    _save_rows(path, [[(f"{m}, given", _tile(x, 1)),
+                       *((t, _tile(v, len(v) // len(x))) for t, v in generated[m].items())]
+                      for m, x in given.items()])
 
 
 def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4) -> None:
     """samples.png: 16 joint samples; cross.png: k draws of all modalities given each single one.
     sample and generate as for coherence_joint and coherence_cross; given {m: [r c h w]}."""
     save_grid(Path(folder) / "samples.png", sample(16))
-    cross = {}
-    for m, x in given.items():
-        images = generate({m: x.repeat_interleave(k, 0)}, list(given))
-        cross[m] = {t: rearrange(v, "(r k) ... -> r k ...", k=k) for t, v in images.items()}
-    save_cross_grid(Path(folder) / "cross.png", given, cross)
+    save_cross_grid(Path(folder) / "cross.png", given, {
+        m: generate({m: x.repeat_interleave(k, 0)}, list(given)) for m, x in given.items()})
 
 
 def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: float) -> None:
@@ -509,10 +506,11 @@ def plot_curves(path, metrics_jsonl_path) -> None:
         line = " ".join(str(row[key]) for key in ("stage", "split") if key in row)
         for key in row.keys() - {"step", "epoch", "stage", "split", "wall_s"}:
             if "step" in row and not isinstance(row[key], str):
-                curves.setdefault(key, {}).setdefault(line, []).append((row["step"], row[key]))
+                curves.setdefault(key, {}).setdefault(line, {})[row["step"]] = row[key]
 
     def draw(lines):
-        return lambda axes: [axes.plot(*zip(*points), label=name) for name, points in lines.items()]
+        return lambda axes: [axes.plot(*zip(*sorted(points.items())), label=name)
+                             for name, points in lines.items()]
     panels = [(f"{key} by step", draw(curves[key])) for key in sorted(curves)[:24]]
     panels += [("", lambda axes: axes.axis("off"))] * (-len(panels) % 4)
     if panels:
@@ -525,20 +523,17 @@ def cli(main) -> None:
     try:
         main()
     except (RunError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"error: {error or 'interrupted'}", file=sys.stderr)
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit({RunError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
 
-def number(kind, low=None, high=None, open_low: bool = False):
+def number(kind, low=-math.inf, high=math.inf, open_low: bool = False):
     """argparse type: a finite int or float in [low, high], or in (low, high]."""
-    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
-
     def parse(text: str):
         value = kind(text)
-        fits = low <= value <= high and not (open_low and value == low)     # nan fits nowhere
-        if not fits or abs(value) == math.inf:
-            allowed = f"{'(' if open_low else '['}{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"{text} is outside {allowed}")
+        if not low <= value <= high or abs(value) == math.inf or open_low and value == low:
+            raise argparse.ArgumentTypeError(       # also nan: it is in no interval
+                f"{text} is outside {'(' if open_low else '['}{low}, {high}]")
         return value
     parse.__name__ = kind.__name__                              # "invalid int value"
     return parse
@@ -546,16 +541,22 @@ def number(kind, low=None, high=None, open_low: bool = False):
 
 def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.ArgumentParser:
     """A parser with the flags of all scripts; RUN_FLAGS leave a trained model as it is."""
-    p = argparse.ArgumentParser(script, description=doc.split("\n\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    class Parser(argparse.ArgumentParser):
+        def format_help(self) -> str:                           # every default, also without help
+            for action in self._actions:
+                action.help = action.help or "(default: %(default)s)"
+            return super().format_help()
+
+    p = Parser(script, description=doc.split("\n\n")[0], allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag, switch = p.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
     flag("--dataset", default=default, choices=datasets, help="loads that data set's preset")
     flag("--data_dir", default="datasets", help="where files are, or are downloaded to")
     flag("--out_dir", default="runs", help="run folder: <out_dir>/<script>/<dataset>/<seed>")
     flag("--judges", help="folder of the classifiers that judge, default <out_dir>/judges")
-    flag("--seed", type=number(int, 0), default=0)
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=0)
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    flag("--resume", action="store_true", help="continue from the checkpoint, exactly")
+    flag("--resume", action="store_true", help="continue from the checkpoint; one process: exactly")
     flag("--overwrite", action="store_true", help="replace what an earlier run left in the folder")
     flag("--eval_only", action="store_true", help="evaluate the checkpoint, train nothing")
     flag("--checkpoint", help="file to resume or evaluate instead of the run folder's own")
@@ -571,10 +572,11 @@ def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.
     return p
 
 
-def peek(parser: argparse.ArgumentParser, argv: list[str] | None, flag: str):
+def peek(parser: argparse.ArgumentParser, argv: list[str] | None, flag: str, default=None):
     """The value a flag will have: for presets, which are set before the full parse."""
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument(f"--{flag}", nargs="?", default=parser.get_default(flag))
+    default = parser.get_default(flag) if default is None else default
+    pre.add_argument(f"--{flag}", nargs="?", default=default)
     return getattr(pre.parse_known_args(argv)[0], flag)
 
 
@@ -640,7 +642,7 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:                    # torch's zip writer: RuntimeError
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).partition(chr(10))[0]}") from error
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -654,7 +656,8 @@ def _read(path) -> dict:
     """What torch.save wrote: tensors and plain values, on the CPU. RunError: missing or broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
+            TypeError, AttributeError, struct.error) as error:
         raise RunError(f"cannot read {path}, missing or damaged: {str(error)[:80]!r}") from error
 
 
@@ -664,10 +667,11 @@ def _plain(value):
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
-class Run(AbstractContextManager):
+class Run(ExitStack):
     """Log, checkpoint and signals of a run, from `open_run`. Every rank has one, rank 0 writes."""
 
     def __init__(self, args, script: str, device: torch.device, rank: int, world: int):
+        super().__init__()                                                  # of files, signals
         self.args, self.script, self.device = args, script, device
         self.rank, self.world = rank, world
         self.dir = Path(args.out_dir) / script / args.dataset / str(args.seed)
@@ -675,11 +679,8 @@ class Run(AbstractContextManager):
         self.stop_requested = self._signal = self.rollbacks = 0             # the signal's number
         self._start = self._saved = self._synced = time.monotonic()
         self._calls, self._sync_every = 0, 1                                # of checkpoint_due
-        self._stage = self._lock = self._log = None
-        self._handlers, self._about = {}, {}
-
-    def __exit__(self, *_):
-        self.close()
+        self._stage, self._log, self._about = None, None, {}
+        self._signals = self.enter_context(ExitStack())
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -726,7 +727,7 @@ class Run(AbstractContextManager):
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(f"{key} is {value} at step {metrics.get('step', '?')}")
         if self.rank == 0:
-            self._log = self._log or open(self.dir / "metrics.jsonl", "a")
+            self._log = self._log or self.enter_context(open(self.dir / "metrics.jsonl", "a"))
             self._log.write(json.dumps(metrics | {"wall_s": round(self.wall_s(), 3)}) + "\n")
             self._log.flush()
 
@@ -735,8 +736,9 @@ class Run(AbstractContextManager):
         return time.monotonic() - self._start
 
     def checkpoint_due(self) -> bool:
-        """Is --ckpt_minutes over, or the run to stop? Call it in each step, on every rank. Ranks
-        agree about it once a second or every tenth call, whichever comes first."""
+        """Is --ckpt_minutes over, or the run to stop (then stop_requested, once saved)? Call it in
+        each step, on every rank. Ranks agree once a second or every tenth call, whatever is first.
+        """
         now = time.monotonic()
         due, self._calls = now - self._saved >= 60 * self.args.ckpt_minutes, self._calls + 1
         if self.world > 1:
@@ -748,6 +750,8 @@ class Run(AbstractContextManager):
             due, self.stop_requested, pace = flags[0].item(), int(flags[1]), flags[2].item()
             self._calls, self._synced = 0, now
             self._sync_every = max(1, min(10, int(1 / max(pace, 0.1))))
+        else:
+            self.stop_requested = self._signal
         return bool(due or self.stop_requested)
 
     def save(self, state: dict) -> None:
@@ -766,10 +770,11 @@ class Run(AbstractContextManager):
                             "log_bytes": log.stat().st_size if log.exists() else 0,
                             "rollbacks": self.rollbacks, "wall_s": self.wall_s()}, file)
 
-    def load(self, path=None, free: tuple[str, ...] = ()) -> dict:
+    def load(self, path=None, free: tuple[str, ...] = (), stages: int = 0) -> dict:
         """The state in a checkpoint, this run's own by default, on the CPU; RunError if it is none,
-        or has other flags (RUN_FLAGS and `free` may differ). Unless --eval_only the run goes on
-        from there: random states, log and wall clock are set back."""
+        or has other flags (RUN_FLAGS and `free` may differ), or --eval_only and fewer stages done.
+        Unless --eval_only the run goes on from there: random states, log, wall clock are set back.
+        """
         own = self.dir / "checkpoint.pt"
         path, log = Path(path or own), self.dir / "metrics.jsonl"
         kept = _read(path)
@@ -781,6 +786,10 @@ class Run(AbstractContextManager):
                 raise RunError(f"{path} was made with --{flag} {value}, not {given.get(flag)}: "
                                "give the same flags, or train anew with another --out_dir")
         if self.args.eval_only:
+            if kept["state"].get("stage", stages) < stages:
+                raise RunError(f"{path}: its training is not finished, give --resume")
+            if path.resolve() == own.resolve():
+                self._start = time.monotonic() - kept["wall_s"]
             return kept["state"]
         self.rollbacks, rng = kept.get("rollbacks", 0), kept["rng"]
         random.setstate(rng["python"])
@@ -809,7 +818,12 @@ class Run(AbstractContextManager):
 
     def begin_evaluation(self) -> None:
         """Training is over and saved: a signal ends the run at once from here on. Seeds torch."""
-        self._give_back_signals()
+        self._signals.close()
+        if self.world > 1:                                                  # on any rank
+            number = torch.tensor(self._signal, device=self.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self._signal = int(number)
+        self.stop_requested = self._signal
         if self.stop_requested:                                             # after the last step
             self.stop()
         torch.manual_seed(self.args.seed)
@@ -823,6 +837,8 @@ class Run(AbstractContextManager):
 
     def stop(self) -> None:
         """Leave after a signal, once saved: SystemExit 130 (Ctrl-C) or 143 (SIGTERM)."""
+        if self.world > 1:
+            dist.barrier()                                                  # rank 0 has saved
         name = signal.Signals(self.stop_requested).name
         self.say(f"stopped by {name}; continue with --resume, from {self.dir}")
         raise SystemExit(128 + self.stop_requested)
@@ -844,22 +860,10 @@ class Run(AbstractContextManager):
         self.say("  ".join(f"{key} {metrics[key]:.3f}" for key in main or metrics))
         return metrics
 
-    def close(self) -> None:
-        """Give back signals, files and the folder's lock; may be called twice."""
-        self._give_back_signals()
-        for file in filter(None, (self._log, self._lock)):
-            file.close()
-        self._log = self._lock = None
-
-    def _give_back_signals(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-
     def _on_signal(self, number: int, _) -> None:
-        self._signal = number
-        self.stop_requested = number if self.world == 1 else 0              # else checkpoint_due
-        signal.signal(number, self._handlers[number])                       # a second one aborts
+        self._signal = number                                               # for checkpoint_due
+        if self.world == 1 or number == signal.SIGINT:                      # a second one aborts;
+            self._signals.close()                                           # torchrun sends TERM on
         os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
 
@@ -868,6 +872,8 @@ def _pick_device(name: str) -> torch.device:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError                                  # mps has no float64
         if device.type == "cuda":
             local = int(os.environ.get("LOCAL_RANK", 0))
             device = torch.device("cuda", local if device.index is None else device.index)
@@ -883,6 +889,9 @@ def open_run(args, script_path, argv: list[str] | None = None) -> Run:
     RunError if it is in use, or the flags do not fit what it holds."""
     script, argv = Path(script_path).resolve(), sys.argv[1:] if argv is None else argv
     run = Run(args, script.stem, _pick_device(args.device), *distributed())
+    for flag in [f for f in vars(args) if "batch" in f and f != "eval_batch"]:
+        if vars(args)[flag] % run.world:
+            raise RunError(f"--{flag}: give a multiple of the {run.world} processes")
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     found = shutil.which("git") and subprocess.run(git, cwd=script.parent, capture_output=True,
                                                    text=True).stdout.strip()
@@ -902,16 +911,16 @@ def open_run(args, script_path, argv: list[str] | None = None) -> Run:
                         vars(args) | {"argv": argv, "started": started, "run": run._about})
             shutil.copyfile(script, run.dir / "source.py")
     for number in (signal.SIGINT, signal.SIGTERM):
-        run._handlers[number] = signal.signal(number, run._on_signal)
+        run._signals.callback(signal.signal, number, signal.signal(number, run._on_signal))
     return run
 
 
 def _claim(run: Run) -> None:
     """Lock the folder, then refuse it or, for --overwrite, remove RUN_FILES, and nothing else."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    run._lock = open(run.dir / ".lock", "a")                    # freed even by kill -9
+    lock = run.enter_context(open(run.dir / ".lock", "a"))      # freed even by kill -9
     try:
-        fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunError(f"{run.dir} is in use by another process") from None
     args = run.args
@@ -919,11 +928,14 @@ def _claim(run: Run) -> None:
         raise RunError("--overwrite would delete what --resume and --eval_only need: give one")
     if args.checkpoint and not (args.resume or args.eval_only):
         raise RunError("--checkpoint needs --resume or --eval_only")
-    for old in [*run.dir.glob(".*.tmp"), *(run.dir / name for name in RUN_FILES if args.overwrite)]:
+    made = [*map(run.dir.joinpath, RUN_FILES), *run.dir.glob("layer_*.png")]
+    for old in [*run.dir.glob(".*.tmp"), *(made if args.overwrite else [])]:
         old.unlink(missing_ok=True)
     used = {file.name for file in run.dir.iterdir()} - {".lock", "config.json", "source.py"}
     if args.resume and not (args.checkpoint or "checkpoint.pt" in used):
         raise RunError(f"--resume: there is no checkpoint.pt in {run.dir}")
-    if used and not (args.resume or args.overwrite or args.eval_only):
+    own = str((run.dir / "checkpoint.pt").resolve())
+    resume = args.resume and own == str(Path(args.checkpoint or own).resolve())
+    if used and not (resume or args.overwrite or args.eval_only):
         raise RunError(f"{run.dir} holds a run: give --resume, --overwrite or --eval_only, or "
                        "another --seed or --out_dir")

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import matplotlib
 import numpy as np
@@ -135,7 +136,7 @@ def redraw(dataset: Dataset, generator: torch.Generator) -> Dataset:
 
 
 def batches(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None,
-            device="cpu", start: int = 0, rank: int = 0, world: int = 1,
+            device=None, start: int = 0, rank: int = 0, world: int = 1,
             names=None) -> Iterator[dict[str, Tensor]]:
     """One epoch of dicts as from Dataset.take; without a generator all tuples once, in order.
 
@@ -318,8 +319,10 @@ def _checked(name: str, path: Path,
     """x and y of a Dataset from the arrays of a file, or a DataError that says what is wrong."""
     y, top = arrays.pop("y", None), np.inf if name == "paired" else 9
     need = {"celeba": {"x", "attributes"}, "paired": set(arrays)}.get(name, {"x"})
-    _require(need and need <= set(arrays) and (y is not None or name in ("celeba", "paired")),
-             f"{path} must have keys {sorted(need)} and y, not {sorted(arrays)}")
+    wanted = "two modalities or more" if name == "paired" else f"keys {sorted(need)} and y"
+    _require(len(need) > (name == "paired") and need <= set(arrays)
+             and (y is not None or name in ("celeba", "paired")),
+             f"{path} must have {wanted}, not {sorted(arrays)}")
     x, shape = {}, SINGLE[name][1] if name in SINGLE else None
     for key in sorted(need - {"attributes"}, key=list(arrays).index):
         v = arrays[key] if arrays[key].ndim != 3 else arrays[key][..., None]
@@ -396,32 +399,26 @@ def _picture(path: Path) -> Tensor:
     """[3 h w] uint8."""
     try:
         return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
+    except (OSError, SyntaxError) as error:                     # a broken PNG: SyntaxError
         raise DataError(f"{path} is no picture, or truncated ({error})") from error
 
 
 def _on_crops(mask: Tensor, picture: Tensor, generator: torch.Generator) -> Tensor:
     """Random crops [n 3 h w] of picture [3 H W] uint8, inverted where mask [n 1 h w] is True."""
-    (n, _, h, w), (_, height, width) = mask.shape, picture.shape
-    room = torch.tensor([height - h, width - w])                # exclusive, as in the papers
-    corner = (torch.rand(n, 2, generator=generator) * room).long() @ torch.tensor([width, 1])
-    window = (torch.arange(h)[:, None] * width + torch.arange(w)).flatten()
-    pixels, x = picture.flatten(1), torch.empty(n, 3, h, w, dtype=torch.uint8)
-    for rows in torch.arange(n).split(4096):                    # the indices take 8 bytes a pixel
-        crop = pixels[:, corner[rows, None] + window]           # [3 b h*w]
-        crop = rearrange(crop, "c b (h w) -> b c h w", h=h)
-        x[rows] = torch.where(mask[rows], 255 - crop, crop)
-    return x
+    n, _, h, w = mask.shape
+    windows = rearrange(picture.unfold(1, h, 1).unfold(2, w, 1), "c y x h w -> y x c h w")  # a view
+    room = torch.tensor(windows.shape[:2]) - 1                  # exclusive, as in the papers
+    top, left = (torch.rand(n, 2, generator=generator) * room).long().T
+    crop = windows[top, left]                                   # [n 3 h w]
+    return torch.where(mask, 255 - crop, crop)
 
 
 def _translate(digits: Tensor, generator: torch.Generator) -> Tensor:
     """digits [n 1 28 28] uint8 at 3/4 of their size, each at random offsets 0 .. 6 on black."""
     small = F.interpolate(digits.float(), size=(21, 21), mode="bilinear").to(torch.uint8)
-    padded = F.pad(small, (6, 7, 6, 7)).squeeze(1)                          # [n 34 34]
-    offset = torch.randint(0, 7, (2, len(digits), 1), generator=generator)
-    i, j = torch.arange(28) + 6 - offset                                    # [n 28] each
-    x = padded[torch.arange(len(digits))[:, None, None], i[:, :, None], j[:, None, :]]
-    return rearrange(x, "n h w -> n 1 h w")
+    windows = F.pad(small, (6, 7, 6, 7)).unfold(2, 28, 1).unfold(3, 28, 1)  # [n 1 7 7 28 28]
+    top, left = 6 - torch.randint(0, 7, (2, len(digits)), generator=generator)
+    return windows[torch.arange(len(digits)), :, top, left]
 
 
 def _official_polymnist(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -436,11 +433,12 @@ def _official_polymnist(folder: Path, names: list[str]) -> tuple[dict[str, Tenso
             files = sorted(path.name for path in (folder / names[0]).glob("*.png"))
             y = torch.tensor([int(file.split(".")[-2]) for file in files])
             x = {m: torch.stack([_picture(folder / m / f) for f in files]) for m in names}
-    except (RuntimeError, ValueError, IndexError, OSError) as error:
+    except (RuntimeError, ValueError, LookupError, OSError, EOFError, UnpicklingError) as error:
         raise DataError(f"{folder} is incomplete or damaged ({error})") from error
     for m, v in x.items():
         _require(v.dtype == torch.uint8 and v.shape == (len(y), 3, 28, 28),
                  f"{folder}: {m} must hold [{len(y)} 3 28 28], not {v.dtype} {list(v.shape)}")
+    _require(0 <= int(y.min()) and int(y.max()) < 10, f"{folder}: labels must lie in 0..9")
     place = F.one_hot(y, 10).cumsum(0)[torch.arange(len(y)), y]             # 1, 2, .. of its class
     order = torch.argsort(10 * place + y)
     return {m: v[order] for m, v in x.items()}, y[order]

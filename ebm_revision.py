@@ -14,19 +14,20 @@ Symbols     x {m: [b c h w] in [0, 1] | [b l] tokens}; state {m: images in [-1, 
 
 Algorithm, for each batch X
   1 z ~ N(0, I), X_0 = g(z);  X~: k_x steps  X <- X + s^2/2 d f/dX + n eps   from X_0, all jointly
-  2 z_0 ~ q(z|X);  z~: k_z steps  z <- z + s^2/2 d[log p(z) + log p_w(X|z)]/dz + n eps
+  2 z_0 ~ q(z|X), or q* (D5);  z~: k_z steps  z <- z + s^2/2 d[log p(z) + log p_w(X|z)]/dz + n eps
   3 generator  ascends  l_rec log p_w(X|z~) + l_syn log p_w(X~|z)
   4 inference  ascends  log q(z~|X) + l_inf log q(z|X~)
   5 EBM        ascends  f(X) - f(X~)
 Nothing is differentiated through a chain. Stationary law of a chain with n < s: density^(1/T),
 temperature T = (n/s)^2 (as s -> 0); only n = s samples the density itself. The x chain has n << s,
-close to ascent on f: its short run is part of the model. Spectral norm keeps |df/dx| <= 1 (mlp),
-so x moves by k_x s^2/2 at most: s must suit the distance between a wrong and a right picture.
+close to ascent on f: its short run is part of the model. Spectral norm keeps |df/dx| <= 1 (mlp,
+late fusion), so x moves by k_x s^2/2 at most: s must suit the distance of a wrong from a right
+picture.
 
 Usage
   python ebm_revision.py                                 synthetic digits, small nets, CPU
   python ebm_revision.py --dataset polymnist --data_dir DIR
-  python ebm_revision.py --ablation --warmup 4 --epochs 5   a table of variants; results: README
+  python results/ablation.py                             a table of variants; results: README
 
 Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
   D1 text is revised on its logits; the energy sees softmax(logits) times an embedding
@@ -35,21 +36,20 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
   D4 the z chain has 1 / (2 sigma^2) (theirs 1 / sigma^2); X~ of step 1 is reused in 5 (theirs runs
      the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
   D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
-     prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. z chains start from q*, too
-     (--z_init q: from the mixture). Wide sigma, so that q* fills the prior; Adam with momentum
+     prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. Training's z chains start from
+     q*, too (--z_init random: from the mixture, as all do at test). Wide sigma, so that q* fills
+     the prior; Adam with momentum
   D6 --mixed: last epochs for the EBM alone, half its chains from data tuples with shuffled
      modalities; without, it tells real from generated pictures, but not matched from mixed tuples
 """
 import argparse
-import json
 import math
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
@@ -60,19 +60,12 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
-            gamma=0.998, weight_decay=5e-4)                                 # of the unimodal code
+            gamma=0.998, weight_decay=5e-4, z_init="random")                # steps, rates: theirs
 PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
            "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
-ABLATION = {
-    "full": [], "x from noise": ["--x_init", "noise"], "z from noise": ["--z_init", "noise"],
-    "both from noise": ["--x_init", "noise", "--z_init", "noise"], "staged": ["--staged"],
-    **{f"k_x {k}": ["--x_steps", str(k), "--x_steps_test", str(k)] for k in (0, 10, 30, 60)},
-    **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
-    "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
-    "additive": ["--fusion", "additive"], "mixture NLL": ["--nll", "mixture"]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,7 +91,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--l_rec", type=number(float, 0), default=1.0, help="of log p(X|z_rev)")
     flag("--l_syn", type=number(float, 0), default=1.0, help="of log p(X_rev|z)")
     flag("--l_inf", type=number(float, 0), default=1.0, help="of log q(z|X_rev)")
-    flag("--moe", default="random", choices=["random", "stratified"], help="experts of z_0")
     flag("--nll", default="per_expert", choices=["per_expert", "mixture"], help="-log q(z|X)")
     flag("--rerun_chain", action=switch, default=False, help="a second x chain, for the EBM")
     flag("--lr_ebm", type=number(float, 0, open_low=True), default=5e-4)
@@ -110,7 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
-    flag("--z_init", default="product", choices=["product", "q", "noise"])
+    flag("--z_init", default="product", choices=["product", "random", "stratified", "noise"],
+         help="q*, a random expert an item, every expert, N(0, I)")
     flag("--x_steps", type=number(int, 0), default=10, help="k_x")
     flag("--x_steps_test", type=number(int, 0), default=30)
     flag("--x_step_size", type=number(float, 0, open_low=True), default=1.4)
@@ -119,10 +112,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--cond_z_steps", type=number(int, 0), default=10, help="given some modalities")
     flag("--z_step_size", type=number(float, 0, open_low=True), default=0.1)
     flag("--z_noise", type=number(float, 0), default=0.1)
-    p.add_argument("--ablation", action="store_true", help="run every variant, print the table")
     p.set_defaults(**PRESETS.get(common.peek(p, argv, "dataset"), {}),
                    **WEIGHTS.get(common.peek(p, argv, "weights"), {}))
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.epochs and args.warmup + max(args.mixed, 1) > args.epochs:
+        p.error("--warmup and --mixed leave no epoch of --epochs for the EBM")
+    if args.staged and not args.warmup:
+        p.error("--staged needs --warmup: nothing else trains the generator")
+    return args
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -132,25 +129,14 @@ def mlp(*sizes: int) -> list[nn.Module]:
     return sum(map(list, layers), [])[:-1]
 
 
-class TextTrunk(nn.Module):
-    """Logits [b l v] -> features [b 128]: softmax times embedding, two 1-D convolutions, mean."""
-
-    def __init__(self, n_words: int):
-        super().__init__()
-        self.embed, self.body = nn.Linear(n_words, 128, bias=False), nn.Sequential(
-            nn.Conv1d(128, 128, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv1d(128, 128, 3, 1, 1),
-            nn.LeakyReLU(0.2))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        h = self.body(rearrange(self.embed(logits.softmax(-1)), "b l e -> b e l"))
-        return reduce(h, "b e l -> b e", "mean")
-
-
 def trunk(shape: tuple[int, ...], width: int, net: str) -> tuple[nn.Module, int]:
     """State of shape (c, h, w) or (l, v) -> features [b f], and f. Images: 2 linear layers (mlp),
-    or 3 stride-2 convolutions, 4 for 64 pixels."""
+    or 3 stride-2 convolutions, 4 for 64 pixels. Text: embedded, two 1-D convolutions, mean."""
     if len(shape) == 2:
-        return TextTrunk(shape[1]), 128
+        return nn.Sequential(
+            nn.Softmax(-1), nn.Linear(shape[1], 128, bias=False), Rearrange("b l e -> b e l"),
+            nn.Conv1d(128, 128, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv1d(128, 128, 3, 1, 1),
+            nn.LeakyReLU(0.2), Reduce("b e l -> b e", "mean")), 128
     if net == "mlp":
         f = 32 * width
         return nn.Sequential(nn.Flatten(), *mlp(math.prod(shape), f, f), nn.LeakyReLU(0.2)), f
@@ -170,8 +156,8 @@ class Encoder(nn.Module):
         self.head = nn.Linear(f, 2 * z_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, log_var = self.head(self.body(x)).chunk(2, 1)
-        return mu, log_var.clamp(-10, 4)                    # a start that cannot overflow
+        mu, log_var = self.head(self.body(x)).float().chunk(2, 1)
+        return mu, log_var.clamp(-10, 4)                    # variance in [5e-5, 55]
 
 
 def decoder(shape: tuple[int, ...], width: int, z_dim: int, net: str) -> nn.Sequential:
@@ -182,6 +168,8 @@ def decoder(shape: tuple[int, ...], width: int, z_dim: int, net: str) -> nn.Sequ
         f = 32 * width
         return nn.Sequential(*mlp(z_dim, f, f, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
     n_up = 2 if shape[1] <= 32 else 3
+    if any(side % 2**n_up for side in shape[1:]):
+        raise ValueError(f"--net conv needs sides that are multiples of {2**n_up}, not {shape}")
     c, h, w = width * 2**n_up, shape[1] // 2**n_up, shape[2] // 2**n_up
     layers = [nn.Linear(z_dim, c * h * w), nn.LeakyReLU(0.2), nn.Unflatten(1, (c, h, w)),
               nn.Conv2d(c, c, 3, 1, 1), nn.LeakyReLU(0.2)]
@@ -237,7 +225,7 @@ class Revision(nn.Module):
 
     def generate(self, z: Tensor) -> dict[str, Tensor]:
         """g(z): the mean state of every modality."""
-        return {m: net(z) for m, net in self.decoders.items()}
+        return {m: net(z).float() for m, net in self.decoders.items()}      # also under --amp
 
     def to_state(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images [0, 1] -> [-1, 1]; tokens -> log probabilities, a one-hot smoothed by 0.05."""
@@ -253,9 +241,8 @@ class Revision(nn.Module):
 
 
 # ---- Densities and losses ------------------------------------------------------------------------
-def log_normal(z: Tensor, mu=0.0, log_var=0.0) -> Tensor:
+def log_normal(z: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
     """log N(z; mu, diag exp(log_var)), summed over the last axis: [... d] -> [...]."""
-    log_var = torch.as_tensor(log_var, device=z.device, dtype=z.dtype)
     log_p = -0.5 * ((z - mu) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi))
     return log_p.sum(-1)
 
@@ -310,10 +297,8 @@ def loss_warmup(model: nn.Module, state, args) -> Tensor:
 
 
 def loss_generator(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
-    """-l_rec log p(X|z_rev) - l_syn log p(X_rev|z), means over the batch; z_rev may have rows."""
-    if z_rev.ndim == 3:
-        state = {m: repeat(v, "b ... -> (k b) ...", k=len(z_rev)) for m, v in state.items()}
-        z_rev = z_rev.flatten(0, 1)
+    """-l_rec log p(X|z_rev) - l_syn log p(X_rev|z), means over the batch: of z_rev
+    and the state it is of, which may be k b items, and of z."""
     loss = -args.l_rec * log_lik(state, model.generate(z_rev), args.sigma, args.decoder_dist).mean()
     if x_rev is not None:
         syn = log_lik(x_rev, model.generate(z), args.sigma, args.decoder_dist).mean()
@@ -333,7 +318,8 @@ def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
 
 def loss_energy(ebm: nn.Module, state, x_rev) -> tuple[Tensor, Tensor]:
     """mean f(X_rev) - mean f(X): (loss, gap f(X) - f(X_rev))."""
-    f_data, f_rev = ebm({m: torch.cat([v, x_rev[m]]) for m, v in state.items()}).chunk(2)
+    f = ebm({m: torch.cat([v, x_rev[m]]) for m, v in state.items()}).float()
+    f_data, f_rev = f.chunk(2)
     gap = f_data.mean() - f_rev.mean()
     return -gap, gap.detach()
 
@@ -395,7 +381,7 @@ def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int,
     """n_steps of Langevin on p(z) prod_m p(x_m|z), over the modalities in state: [b d]."""
     def log_joint(z):
         mean = {m: model.decoders[m](z) for m in state}
-        return log_normal(z) + log_lik(state, mean, args.sigma, args.decoder_dist)
+        return log_lik(state, mean, args.sigma, args.decoder_dist) - 0.5 * z.square().sum(1)
     with frozen(model.decoders):
         return langevin(log_joint, z, n_steps, args.z_step_size, args.z_noise)
 
@@ -458,14 +444,15 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
         mixed = recombine(state, len(z) // 2) if phase == "mixed" else None
         x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
         if phase == "full":
-            start = args.moe if args.z_init == "q" else "product"
-            z_0 = torch.randn_like(z) if args.z_init == "noise" else sample_q(model, state, start)
-            rows = len(z_0) if z_0.ndim == 3 else 1
-            given = {m: repeat(v, "b ... -> (k b) ...", k=rows) for m, v in state.items()}
-            z_rev = revise_z(model, z_0.reshape(-1, model.z_dim), given, args.z_steps, args)
-            z_rev = z_rev.reshape(z_0.shape)
+            z_0 = torch.randn_like(z) if args.z_init == "noise" else \
+                sample_q(model, state, args.z_init)
+            flat, given = z_0.reshape(-1, model.z_dim), state               # [(k b) d]
+            if args.z_init == "stratified":
+                given = {m: repeat(v, "b ... -> (k b) ...", k=len(z_0)) for m, v in state.items()}
+            z_rev = revise_z(model, flat, given, args.z_steps, args)
             paired = None if args.x_init == "noise" else x_rev              # D3
-            step("gen", loss_generator(model, state, z_rev, z, paired, args))
+            step("gen", loss_generator(model, given, z_rev, z, paired, args))
+            z_rev = z_rev.reshape(z_0.shape)
             step("enc", loss_inference(model, state, z_rev, z, paired, args))
         if args.rerun_chain:
             x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
@@ -491,18 +478,17 @@ def make_optimizers(model: Revision, args, world: int) -> dict:
 def train(model: Revision, train_set: data.Dataset, args, run) -> None:
     """Epochs of train_step; resumes exactly; goes back to a checkpoint when chains diverge."""
     opts = make_optimizers(model, args, run.world)
+    parts = {"model": model, **opts}
     per_epoch = max(len(train_set) // args.batch_size, 1)
     total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
 
     def restore(state):
-        model.load_state_dict(state["model"])
-        for name, opt in opts.items():
-            opt.load_state_dict(state[name])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         return state["step"]
 
     def save():
-        run.save({"step": step, "model": model.state_dict(),
-                  **{name: opt.state_dict() for name, opt in opts.items()}})
+        run.save({"step": step} | {name: part.state_dict() for name, part in parts.items()})
 
     step = restore(run.load(args.checkpoint, free=INFERENCE_FLAGS)) if args.resume else 0
     save()
@@ -549,7 +535,8 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     model.requires_grad_(False).eval()
     device, k = run.device, args.x_steps_test
     judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+    inception = common.load_inception(args.data_dir, device)
+    real = common.reference(test, train_set, judges, inception, args.n_eval)
     metrics = dict(real.metrics)
 
     def joint(init, n_steps):
@@ -558,12 +545,14 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
 
     def given(n_steps):
         def generate(x, targets):
+            if not targets:
+                return {}
             made = sample_given(model, model.to_state(x), n_steps, args)
             return {m: v for m, v in model.to_data(made).items() if m in targets}
         return generate
 
     for suffix, init, n_steps in (("", "generator", k), ("_initial", "generator", 0),
-                                  ("_noise", "noise", k)):
+                                  ("_noise", "noise", k)) if real.extract else ():
         found = common.coherence_joint(joint(init, n_steps), judges, args.n_eval, args.eval_batch,
                                        real)
         if init == "generator":
@@ -577,6 +566,11 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     torch.manual_seed(args.seed)
     rows |= {f"{m}, revised": v for m, v in joint("generator", k)(16).items() if m in images}
     common.draw_samples(run.dir, lambda _: rows, given(k), test.take(slice(8), device, images))
+    if len(images) < len(test.modalities):
+        words = given(k)(test.take(slice(8), device, images), test.modalities)
+        said = [" ".join(test.words[i] for i in row) for m, rows in words.items()
+                if m not in images for row in rows.tolist()]
+        (run.dir / "captions.txt").write_text("\n".join(said) + "\n")
     run.time_samples(joint("generator", k))
     return metrics
 
@@ -599,37 +593,34 @@ def linear_accuracy(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> flo
 def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, float]:
     """Reconstruction and linear classification from q-samples, and from latents that z_steps under
     the whole posterior revised; up to 2,000 items each."""
-    parts, errors = {}, []
-    for split, dataset in (("train", train_set), ("test", test)):
-        dataset, zs = dataset.head(2000), []
+    def latents(dataset):                                   # z [2 n d], -log p(X|z) [2 n]
+        found = []
         for x in data.batches(dataset, args.eval_batch, device=device):
             state = model.to_state(x)
             z = sample_q(model, state)
-            zs.append(torch.stack([z, revise_z(model, z, state, args.z_steps, args)]))
-            if split == "test":
-                errors.append(torch.stack([-log_lik(
-                    state, model.generate(row), args.sigma, args.decoder_dist) for row in zs[-1]]))
-        parts[split] = torch.cat(zs, 1), dataset.y
-    keys = "q", "revised"
-    errors = torch.cat(errors, 1).mean(1).tolist()
-    metrics = {f"recon_nats_{key}": error for key, error in zip(keys, errors)}
+            z = torch.stack([z, revise_z(model, z, state, args.z_steps, args)])
+            found.append((z, torch.stack([-log_lik(state, model.generate(row), args.sigma,
+                                                   args.decoder_dist) for row in z])))
+        return [torch.cat(part, 1) for part in zip(*found)]
+    sets, keys = [train_set.head(2000), test.head(2000)], ("q", "revised")
+    (z, _), (z_test, errors) = map(latents, sets)
+    metrics = {f"recon_nats_{key}": e for key, e in zip(keys, errors.mean(1).tolist())}
     if test.y is not None:
-        (z, y), (z_test, y_test) = parts["train"], parts["test"]
-        metrics |= {f"latent_accuracy_{key}": linear_accuracy(
-            z[i], y.to(device), z_test[i], y_test.to(device)) for i, key in enumerate(keys)}
+        metrics |= {f"latent_accuracy_{key}": linear_accuracy(z[i], sets[0].y, z_test[i], sets[1].y)
+                    for i, key in enumerate(keys)}
     return metrics
 
 
 def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
     """The x chain, 4 from each of 8 latents: energy, displacement; 4 times longer: ESS."""
     z = repeat(torch.randn(8, model.z_dim, device=run.device), "b d -> (b c) d", c=4)
-    n, trace, start = max(args.x_steps_test, 4), [], model.generate(z)
+    n, trace, start = args.x_steps_test, [], model.generate(z)
     end = revise_x(model.ebm, start, n, args)
     metrics = {f"displacement_{m}": (end[m] - v).square().mean().sqrt().item()
                for m, v in start.items()}
     metrics |= {"energy_initial": -model.ebm(start).mean().item(),
                 "energy_revised": -model.ebm(end).mean().item()}
-    revise_x(model.ebm, start, 4 * n, args, trace=trace)
+    revise_x(model.ebm, start, 4 * max(n, 1), args, trace=trace)
     flat = torch.stack(trace)                                               # [n b f]
     sizes = [v[0].numel() for v in start.values()]
     energy = torch.stack([-model.ebm({m: part.reshape(v.shape) for (m, v), part in
@@ -640,49 +631,24 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
 
 
 # ---- Main ----------------------------------------------------------------------------------------
-def ablation(argv: list[str], args) -> dict[str, float]:
-    """Every variant of ABLATION with the other flags as given: a table, and ablation/<seed>.json.
-    Called again it reads the finished variants and resumes the one that broke off."""
-    keys = [f"coherence_{k}" for k in ("joint", "joint_initial", "joint_noise", "cross_1",
-                                       "cross_1_initial")]
-    table, root = {}, Path(args.out_dir) / "ablation"
-    argv = [a for a in argv if a not in ("--ablation", "--resume")]
-    argv += ["--judges", args.judges or str(root / "judges")]
-    for name, flags in ABLATION.items():
-        out = root / name.replace(" ", "_")
-        run = out / "ebm_revision" / args.dataset / str(args.seed)
-        again = (run / "checkpoint.pt").exists() and not args.overwrite
-        if again and (run / "result.json").exists():
-            found = json.loads((run / "result.json").read_text())["metrics"]
-        else:
-            found = main([*argv, *flags, "--out_dir", str(out), *["--resume"] * again])
-        table[name] = {key: found[key] for key in keys if key in found}
-    print(f"{'variant':18s}" + "".join(f"{key[10:]:>17s}" for key in keys))
-    for name, row in table.items():
-        print(f"{name:18s}" + "".join(f"{row.get(key, math.nan):17.3f}" for key in keys))
-    (root / f"{args.seed}.json").write_text(json.dumps(table, indent=1))
-    return {f"{name}: {key}": v for name, row in table.items() for key, v in row.items()}
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate; returns the metrics of result.json."""
     args = parse_args(argv)
-    if args.ablation:
-        return ablation(sys.argv[1:] if argv is None else argv, args)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
         sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
                                  n_modalities=args.n_modalities).to(run.device)
                 for split, n in (("train", args.n_train), ("test", args.n_test))}
-        shapes = {}
-        for m, shape in sets["train"].shapes.items():                       # text: (l, words)
-            words = [max(int(s.x[m].max()) for s in sets.values()) + 1]
-            shapes[m] = shape + tuple(words * (sets["train"].kinds[m] == "text"))
+        words = (len(sets["train"].words),)                                 # text: (l, words)
+        shapes = {m: shape + words * (sets["train"].kinds[m] == "text")
+                  for m, shape in sets["train"].shapes.items()}
         try:
             model = Revision(shapes, args).to(run.device)
         except ValueError as error:
             raise common.RunError(error) from None
         run.start(model)
+        for net in [*model.decoders.values(), *model.encoders.values()] if args.compile else []:
+            net.compile()
         if args.eval_only:
             model.load_state_dict(run.load(args.checkpoint, free=INFERENCE_FLAGS)["model"])
         else:

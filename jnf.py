@@ -31,7 +31,7 @@ Deviations from the authors' public code
   D3 HMC tunes a step size a chain, is preconditioned, and stays where the prior has its mass: the
      product of learned experts need not be integrable (--sampler official: theirs)
   D4 MNIST-SVHN pairs are drawn anew each epoch; validation shares no image with training
-  D5 frozen nets are in eval mode and run once, not in each step
+  D5 frozen nets are in eval mode, their heads and projectors run once, not in each step
 """
 import argparse
 import math
@@ -71,7 +71,7 @@ INFERENCE_FLAGS = (*OFFICIAL_HMC, "sampler", "latent_prior", "gmm_components")  
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Explicit flag > preset of --dataset, --shared, --sampler > default, as --help shows."""
     number, switch = common.number, argparse.BooleanOptionalAction
-    p = common.run_parser("jnf.py", __doc__, "synth_mnist_svhn", [*PRESETS, "paired"])
+    p = common.run_parser("jnf.py", __doc__, "synth_mnist_svhn", list(PRESETS))
     flag = p.add_argument_group("model").add_argument
     flag("--z_dim", type=number(int, 1), default=20)
     flag("--net", default="auto", choices=["auto", "mlp", "conv", "resnet"])
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam")
     flag("--lr_warmup", type=number(int, 0), default=0, help="steps of a linear rise, each stage")
     flag("--plateau", type=number(int, 0), default=0, help="epochs without gain until lr / 10")
-    flag("--beta", type=number(float, 0), default=2.5, help="KL weight; paper: 0.5, 1, 2.5")
+    flag("--beta", type=number(float, 0), default=2.5, help="KL weight; the authors': 0.5 to 2.5")
     flag("--tau", type=number(float, 0, open_low=True), default=0.1, help="contrastive temperature")
     flag("--pairings", type=number(int, 1), default=1, help="mnist_svhn: pairings an epoch")
     flag = p.add_argument_group("sampler").add_argument
@@ -105,7 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--hmc_step_size", type=number(float, 0, open_low=True), default=0.5)
     flag("--n_leapfrog", type=number(int, 1), default=4)
     flag("--bound", type=number(float, 0), default=3.0, help="|z| <= sqrt(d) + bound; 0: none")
-    flag("--prior_exponent", default="exact", choices=["exact", "official"], help="|S|-1, or 1")
+    flag("--prior_exponent", default="exact", choices=["exact", "official", "none"],
+         help="|S|-1, 1 or 0")
     flag("--latent_prior", default="normal", choices=["normal", "gmm"], help="gmm: fit to q(z|X)")
     flag("--gmm_components", type=number(int, 1), default=10)
     dataset, shared, sampler = (common.peek(p, argv, f) for f in ("dataset", "shared", "sampler"))
@@ -114,6 +115,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.flow_blocks and args.flow_hidden < args.z_dim - 1:
         p.error(f"--flow_hidden must be >= {args.z_dim - 1} (--z_dim - 1), got {args.flow_hidden}")
+    if args.shared == "dcca" and args.dcca_batch <= args.shared_dim:
+        p.error(f"--dcca_batch must be above --shared_dim, {args.shared_dim}")
     return args
 
 
@@ -241,7 +244,7 @@ class MAF(nn.Module):
 
 
 class JNF(nn.Module):
-    """The paper's nets for images of shapes {modality: (c, h, w)}. joint_heads and joint_trunk:
+    """The authors' nets for images of shapes {modality: (c, h, w)}. joint_heads and joint_trunk:
     q(z|X). projectors: g_j (JNF-Shared). posteriors: encoders of (mu_j, log_var_j), flows T_j."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
@@ -255,9 +258,9 @@ class JNF(nn.Module):
         for m, shape in shapes.items():
             body, f, self.decoders[m] = autoencoder(shape, args.net, args.z_dim)
             self.joint_heads[m] = nn.Sequential(body, nn.Linear(f, args.z_dim))
-            body, f, _ = autoencoder(shape, args.net, args.z_dim)
+            net = args.net if args.shared == "none" else args.net.replace("resnet", "conv")
+            body, f, _ = autoencoder(shape, net, args.z_dim)
             if args.shared != "none":
-                body, f, _ = autoencoder(shape, args.net.replace("resnet", "conv"), args.z_dim)
                 self.projectors[m] = nn.Sequential(body, nn.Linear(f, args.common_dim), shared_mlp)
                 body, f = mlp(args.shared_dim, 512, 512), 512
             self.posteriors[m] = nn.ModuleDict({
@@ -335,7 +338,7 @@ def compiled_gradient():
 def joint_loss(model: JNF, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     """Stage J: -sum_j lambda_j log p(x_j|z) + beta KL(q(z|X) || N(0, I)), one z ~ q(z|X).
     lambda_j = max_k dim_k / dim_j with --rescale: a small image counts as much as a large one."""
-    mu, log_var = model.joint_encoder(x)
+    mu, log_var = (p.float() for p in model.joint_encoder(x))
     z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)                  # [b d]
     kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum(1).mean()
     dims = {m: math.prod(s) for m, s in model.shapes.items()}
@@ -368,7 +371,8 @@ def contrastive_loss(codes: list[Tensor], tau: float) -> Tensor:
     loss = codes[0].new_zeros(())
     for a, b in combinations(codes, 2):
         rows = torch.cat([a, b])                                           # [2b f]
-        logits = (rows @ rows.T / tau).fill_diagonal_(-torch.inf)
+        with torch.autocast(a.device.type, enabled=False):
+            logits = (rows @ rows.T / tau).fill_diagonal_(-torch.inf)
         loss = loss + F.cross_entropy(logits, torch.arange(len(rows)).roll(len(a)).to(a.device))
     return loss
 
@@ -451,12 +455,10 @@ def hmc(log_prob, z: Tensor, n_steps: int, step_size: float, n_leapfrog: int, n_
     return z, accept_rate
 
 
-def product_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaussian guess of a product's width from draws [s k b d] of its s experts: precision =
-    sum_j 1/var_j - (s-1). Returns standard deviations [b d], at most the prior's, and the share []
-    of negative precisions: there the product is improper, and --bound decides."""
-    precision = (1 / draws.var(1).clamp_min(1e-6)).sum(0) - (len(draws) - 1)
-    return precision.clamp_min(1.0).rsqrt(), (precision <= 0).float().mean()
+def product_scale(draws: Tensor, power: float) -> Tensor:
+    """Gaussian guess of a product's standard deviations [b d], at most the prior's, from draws
+    [s k b d] of its s experts: precision = sum_j 1/var_j - power."""
+    return ((1 / draws.var(1).clamp_min(1e-6)).sum(0) - power).clamp_min(1.0).rsqrt()
 
 
 @torch.no_grad()
@@ -464,7 +466,7 @@ def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, li
                      product: bool = False, trace: list | None = None) -> Tensor:
     """z ~ q(z|x_S) [b d] given x = {modality: [b c h w]}, non-empty. All: the joint encoder (with
     product their product of experts). One: its flow's inverse. Else HMC; stats collects accept_rate
-    and improper, trace the chains."""
+    and outside (the share of ends with |z| > sqrt(d) + 2, the prior: 0.3 %), trace the chains."""
     observed = [m for m in model.modalities if m in x]
     if len(observed) == len(model.modalities) and not product:
         mu, log_var = model.joint_encoder(x)
@@ -481,15 +483,15 @@ def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, li
     if s == 1:
         return draws[0, 0]
     start = draws[torch.randint(s, (b,)), 0, torch.arange(b)]              # one expert a chain
-    scale, improper = product_scale(draws) if k > 1 else (1.0, draws.new_zeros(()))
+    power = {"exact": s - 1, "official": 1, "none": 0}[args.prior_exponent]
+    scale = product_scale(draws, power) if k > 1 else 1.0
     mu, log_var, blocks = stack_experts(experts)
-    power = 1 if args.prior_exponent == "official" else s - 1
     target = [(mu, log_var, partial(flow_pass, blocks=blocks))]
     limit = math.sqrt(mu.shape[-1]) + args.bound if args.bound else math.inf
     start = start * (0.99 * limit / start.norm(dim=1, keepdim=True)).clamp(max=1)
 
     def bounded(z, log_p):                             # -inf is rejected
-        return torch.where(z.norm(dim=1) < limit, log_p, -torch.inf)
+        return log_p + torch.where(z.norm(dim=1) < limit, 0.0, -torch.inf)
 
     def compiled(z):
         grad, (_, log_p) = compiled_gradient()(z, mu, log_var, blocks, power)
@@ -501,7 +503,8 @@ def sample_posterior(model: JNF, x: dict[str, Tensor], args, stats: dict[str, li
                          value_and_grad=compiled if args.compile else None)
     if stats is not None:
         stats.setdefault("accept_rate", []).append(accept_rate)
-        stats.setdefault("improper", []).append(improper)
+        far = z.norm(dim=1) > math.sqrt(z.shape[1]) + 2
+        stats.setdefault("outside", []).append(far.float().mean())
     return z
 
 
@@ -516,14 +519,17 @@ def train_step(model: JNF, x: dict[str, Tensor], loss_fn, opt, args) -> dict[str
     return metrics | {"loss": metrics["loss"].detach()}
 
 
-def validate(model: JNF, dataset: data.Dataset, loss_fn, args, device) -> dict[str, float]:
-    """Means of loss_fn's metrics over a data set, with the same noise each time."""
-    return common.mean_over(lambda x: loss_fn(model, x, args),
-                            data.batches(dataset, args.eval_batch, device=device), device)
+def validate(model: JNF, dataset: data.Dataset, loss_fn, args, device,
+             batch: int = 0) -> dict[str, float]:
+    """Means of loss_fn's metrics over a data set, with the same noise each time; with batch, for a
+    loss that depends on its size, over whole batches of a fixed random order."""
+    order = torch.Generator().manual_seed(0) if batch else None
+    return common.mean_over(lambda x: loss_fn(model, x, args), data.batches(
+        dataset, batch or args.eval_batch, order, device), device)
 
 
 def with_frozen_features(model: JNF, dataset: data.Dataset, args) -> data.Dataset:
-    """For stage U: the frozen nets run once over every image instead of once a step (D5)."""
+    """For stage U: frozen heads and projectors run once over every image, not in each step (D5)."""
     heads = {m: data.encode(head, dataset.x[m]) for m, head in model.joint_heads.items()}
     codes = {m: data.encode(lambda x, m=m: model.code({m: x}, m), dataset.x[m])
              for m in model.modalities if args.shared != "none"}
@@ -545,6 +551,7 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     cached = name == "flow" and args.shared != "none"                      # no image is needed
     names = [n for n in train_set.x if not (cached and n in model.modalities)]
     batch = args.dcca_batch if (name, args.shared) == ("shared", "dcca") else args.batch_size
+    ranks = (0, 1) if name == "shared" else (run.rank, run.world)          # its loss needs all rows
     per_epoch = max(len(train_set) // batch, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
     step, best = 0, {"loss": math.inf, "model": model.state_dict()}
@@ -556,8 +563,8 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     while step < total:
         epoch = step // per_epoch
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
-        for x in islice(data.batches(train_set, batch, order, run.device, step % per_epoch,
-                                     run.rank, run.world, names), total - step):
+        for x in islice(data.batches(train_set, batch, order, run.device, step % per_epoch, *ranks,
+                                     names), total - step):
             if step < args.lr_warmup:
                 opt.param_groups[0]["lr"] = args.lr * (step + 1) / args.lr_warmup
             metrics = train_step(model, x, loss_fn, opt, args)
@@ -566,7 +573,8 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
                 run.log(stage=name, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(name, epoch, n_epochs, step, total, batch, **metrics)
             if step % per_epoch == 0 or step == total:
-                val = validate(model, val_set, loss_fn, args, run.device)
+                val = validate(model, val_set, loss_fn, args, run.device,
+                               batch if name == "shared" else 0)
                 run.log(stage=name, step=step, epoch=epoch, split="val", **val)
                 schedule.step(val["loss"])
                 if val["loss"] < best["loss"]:
@@ -600,7 +608,8 @@ def train(model: JNF, train_set: data.Dataset, val_set: data.Dataset, args, run)
 # ---- Evaluation ----------------------------------------------------------------------------------
 def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
     """Posterior match, coherence, Fréchet distances, chain diagnostics, pictures; test split.
-    kl_<m>_nats estimates the mean KL(q(z|X) || q_m(z|x_m)), what stage U leaves unexplained."""
+    kl_<m>_nats estimates the mean KL(q(z|X) || q_m(z|x_m)): what x_m does not say about z, and on
+    top of that q_m's misfit."""
     run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, stats, metrics = run.device, {}, {}
@@ -608,7 +617,8 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
         values = validate(model, test, loss_fn, args, device)
         metrics |= {f"loss_{name}": values.pop("loss")} | values
     judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+    inception = common.load_inception(args.data_dir, device)
+    real = common.reference(test, train_set, judges, inception, args.n_eval)
 
     def decode(z, targets=model.modalities):
         return {m: model.decoders[m](z) for m in targets}
@@ -622,15 +632,16 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
             train_set.head(20_000), args.eval_batch, device=device)]
         gmm = common.fit_gmm(torch.cat(z), args.gmm_components)
         priors["gmm"] = lambda b: decode(common.sample_gmm(gmm, b).to(device))
-    for name, sample in priors.items():                                    # the chosen one is last
+    for name, sample in priors.items():
         joint = common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
         metrics |= joint | {f"{k}_{name}_prior": v for k, v in joint.items() if len(priors) > 1}
     metrics |= common.coherence_cross(generate, test, judges, args.eval_batch, real) | real.metrics
     metrics |= diagnose_chains(model, test, args, run, stats)
     metrics |= {k: torch.stack(v).mean().item() for k, v in stats.items()}
-    if metrics.get("improper", 0) > 0.01:
-        run.say(f"WARNING: the product of experts is improper in {metrics['improper']:.1%} of its "
-                "dimensions (experts wider than the prior): there --bound decides")
+    if metrics["outside"] > 0.01:
+        run.say(f"WARNING: {metrics['outside']:.1%} of the chains end at |z| > sqrt(d) + 2, the "
+                "prior's 0.3 %: perhaps the product is not integrable, and --bound decides")
+    sample = priors[args.latent_prior]
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     if args.z_dim == 2:
         draw_posteriors(model, test.take(slice(3), device), args, run)
@@ -683,7 +694,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise common.RunError(error) from None
         run.start(model)
         if args.eval_only:
-            model.load_state_dict(run.load(args.checkpoint, free=INFERENCE_FLAGS)["model"])
+            model.load_state_dict(run.load(args.checkpoint, INFERENCE_FLAGS,
+                                           2 + (args.shared != "none"))["model"])
         else:
             train(model, sets["train"], sets["val"], args, run)
         test = sets["test"].head(args.n_eval)

@@ -2,8 +2,8 @@
 (Cui, Wu & Han, CVPR 2023, arXiv 2306.06323).
 
 A generator with layers of latent variables has a Gaussian prior, layer upon layer: too simple, for
-samples are worse than reconstructions. Here one energy a layer tilts it, all layers jointly, and
-short Langevin chains sample the tilted prior.
+its samples look worse than reconstructions. Here one energy a layer tilts it, all layers jointly,
+and short Langevin chains sample the tilted prior.
 
 Model       p(z) = exp(sum_i f_i(z_i)) p0(z) / Z,      z = [z_1 .. z_L], z_1 beside the image
             p0(z) = N(z_L; 0, I) prod_{i<L} N(z_i; mu_i(z_>i), diag sigma_i(z_>i)^2)
@@ -42,7 +42,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -64,8 +64,10 @@ PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": ANOMALY, "fashio
            "celeba": dict(net="celeba", z_dims=[100, 100])}
 DEEP = dict(net="deep", width=32, batch_size=100, f_hidden=[200], prior_steps=20,
             prior_step_size=0.1, lr=1e-3, lr_ebm=1e-4)
-TWO_STAGE = {"cifar10": dict(width=128, groups=[4, 4, 4], group_dim=20, batch_size=64, epochs=10,
-                             epochs_backbone=400, kl_warmup=20_000, free_bits=1.0)}   # on top
+VAE_FIRST = dict(epochs_backbone=100, epochs=10)
+TWO_STAGE = {"svhn": VAE_FIRST, "celeba": VAE_FIRST, "cifar10": dict(                  # on top
+    width=128, groups=[4, 4, 4], group_dim=20, batch_size=64, epochs=10, epochs_backbone=400,
+    kl_warmup=20_000, free_bits=1.0)}
 AUPRC = ("auprc", "auprc_plain", "auprc_five", "auprc_five_plain")         # anomaly_auprc
 EVAL_FLAGS = ("ood", "ood_samples", "ood_steps", "long_steps")             # not for training
 STACKS = {"cifar": (8, [1024, 512, 256]), "svhn": (4, [512, 256, 128]),    # first kernel, widths
@@ -78,17 +80,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, one, positive = (common.number(int, 0), common.number(int, 1),
                             common.number(float, 0, open_low=True))
     flag = p.add_argument_group("model").add_argument
-    flag("--scheme", default="mcmc", choices=["mcmc", "variational", "two_stage"])
+    flag("--scheme", default="mcmc", choices=["mcmc", "variational", "two_stage"],
+         help="two_stage, if given: on the deep backbone")
     flag("--net", default="ladder", choices=["ladder", "mlp", "deep", *STACKS],
          help="cifar, svhn, celeba: the authors' two layers, g sees z_1 only")
-    flag("--z_dims", type=one, nargs="+", default=[128, 100], help="z_1, .., z_L")
-    flag("--width", type=common.number(int, 4), default=32, help="channels; of mlp: units")
+    flag("--z_dims", type=one, nargs="+", default=[128, 100], help="z_1, .., z_L; not of deep")
+    flag("--width", type=common.number(int, 4), default=32, help="channels; mlp: units")
     flag("--groups", type=count, nargs="+", default=[2, 1], help="deep: a scale, 4 x 4 maps first")
     flag("--group_dim", type=one, default=4, help="deep: channels of a group")
     flag("--prior_hidden", type=one, default=200)
     flag("--prior_layers", type=count, default=4, help="hidden layers of mu_i, sigma_i")
     flag("--f_hidden", type=count, nargs="+", default=[200, 100],
-         help="of f_1, f_2, ..; the last for all above; 0: no energies, the plain backbone")
+         help="of f_1, f_2, ..; the last for all above; all 0: the plain backbone")
     flag("--f_layers", type=one, nargs="+", default=[3, 2], help="hidden layers of f_1, ..")
     flag("--spectral_norm", action=argparse.BooleanOptionalAction, default=False, help="in f")
     flag("--sigma", type=positive, default=0.3, help="of p(x|z), images in [-1, 1]")
@@ -99,8 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch_size", type=one, default=100, help="over all processes")
     flag("--lr", type=positive, default=1e-4, help="Adam: generator, prior, encoder")
     flag("--lr_ebm", type=positive, default=2e-5, help="Adam: energies")
-    flag("--kl_warmup", type=count, default=0, help="steps until the KL has weight 1")
-    flag("--free_bits", type=common.number(float, 0), default=0.0, help="nats a layer, no KL cost")
+    flag("--kl_warmup", type=count, default=0, help="backbone: steps until the KL has weight 1")
+    flag("--free_bits", type=common.number(float, 0), default=0.0, help="backbone: nats a layer")
     flag("--max_gap", type=positive, default=500.0, help="|mean f(z+) - mean f(z-)|: roll back")
     flag = p.add_argument_group("sampler").add_argument
     flag("--space", default="eps", choices=["eps", "z"], help="coordinates of the chains")
@@ -117,8 +120,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--long_steps", type=common.number(int, 40), default=2500, help="of diagnostic chains")
     dataset, scheme = common.peek(p, argv, "dataset"), common.peek(p, argv, "scheme")
     deep = DEEP | TWO_STAGE.get(dataset, {}) if scheme == "two_stage" else {}
-    p.set_defaults(**PRESETS.get(dataset, {}) | deep)
+    given = common.peek(p, argv, "scheme", "") == "mcmc"
+    p.set_defaults(**PRESETS.get(dataset, {}) | deep | (dict(epochs_backbone=0) if given else {}))
     args = p.parse_args(argv)
+    if not any(args.f_hidden):                                             # nothing to climb
+        args.prior_steps, args.epochs = 0, 0 if args.scheme == "two_stage" else args.epochs
     if args.scheme == "mcmc" and args.epochs_backbone:
         p.error("--epochs_backbone: --scheme mcmc trains no VAE first; give 0")
     if args.net in STACKS and len(args.z_dims) != 2:
@@ -417,18 +423,17 @@ class JointEBM(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
         """z ~ q(z|x), then mu, log_std of q and of p0(z_i|z_>i) along it, all [b d]; a state."""
-        noise, params = torch.randn(len(x), sum(self.prior.dims), device=x.device), {}
+        noise, params = torch.randn(len(x), sum(self.prior.dims), device=x.device), []
         parts = noise.split(self.prior.dims, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             q = self.encoder(x, noise)
 
             def pick(i, *above):
                 mu, log_std = q(i, *above)
-                params[i] = mu.float(), bounded(log_std, 5)
-                return params[i][0] + params[i][1].exp() * parts[i]
+                params.insert(0, (mu.float(), bounded(log_std, 5)))        # from the top down
+                return params[0][0] + params[0][1].exp() * parts[i]
             z, mu_p, log_std_p, state = self.prior.walk(pick, noise)
-        mu, log_std = (torch.cat(p, 1) for p in zip(*(params[i] for i in sorted(params))))
-        return z, mu, log_std, mu_p, log_std_p, state
+        return z, *(torch.cat(p, 1) for p in zip(*params)), mu_p, log_std_p, state
 
 
 # ---- Densities and losses ------------------------------------------------------------------------
@@ -472,12 +477,14 @@ def energy_loss(f_pos: Tensor, f_neg: Tensor) -> Tensor:
 
 def vae_loss(model: JointEBM, x: Tensor, args, kl_weight: float = 1.0,
              tilted: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """-log p(x|z) + KL(q(z|x) || p0(z)), tilted: - f(z).  Returns (loss, z detached, its terms)."""
+    """-log p(x|z) + KL(q(z|x) || p0(z)), tilted: - f(z).  Returns (loss, z detached, its terms).
+    Free bits and a KL weight are for the VAE alone: tilted, p0 is in log Z as well, at full weight.
+    """
     z, mu, log_std, mu_p, log_std_p, state = model.posterior(x)
     nll = -log_lik(x, model.generate(z, state), args.sigma).mean()
     kl = kl_layers(z, mu, log_std, mu_p, log_std_p, model.prior.dims, model.encoder.exact).mean(0)
-    loss = nll + kl_weight * kl.clamp_min(args.free_bits).sum()
-    loss = loss - model.energies(z).sum(1).mean() if tilted else loss
+    loss = nll + kl.sum() - model.energies(z).sum(1).mean() if tilted else \
+        nll + kl_weight * kl.clamp_min(args.free_bits).sum()
     return loss, z.detach(), {"nll_nats": nll.detach(), "kl_nats": kl.detach().sum()}
 
 
@@ -497,12 +504,12 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float) -> Tensor:
 
 @torch.no_grad()
 def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
-          x: Tensor | None = None, keep: int | None = None) -> Tensor:
+          x: Tensor | None = None, up_to: int | None = None) -> Tensor:
     """n_steps from z [b d] towards the tilted prior or, given x [b c h w], the posterior; [b d].
-    On eps or z as --space says. keep = k: on eps, and only layers 1 .. k move."""
+    On eps or z as --space says. up_to = k: on eps, and only layers 1 .. k move."""
     if n_steps == 0:
         return z
-    space, low = ("eps", sum(model.prior.dims[:keep])) if keep else (args.space, z.shape[1])
+    space, low = ("eps", sum(model.prior.dims[:up_to])) if up_to else (args.space, z.shape[1])
     u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
     u = langevin(lambda v: log_target(model, torch.cat([v, still], 1), space, x, args.sigma),
                  u, n_steps, step_size)
@@ -512,8 +519,7 @@ def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
 
 def sample_prior(model: JointEBM, n: int, device, args) -> Tensor:
     """z- [n d]: --prior_steps from p0 towards the tilted prior; without energies p0 itself."""
-    n_steps = args.prior_steps if len(model.energies.nets) else 0
-    return chain(model, model.prior.sample(n, device), n_steps, args.prior_step_size, args)
+    return chain(model, model.prior.sample(n, device), args.prior_steps, args.prior_step_size, args)
 
 
 def sample_posterior(model: JointEBM, x: Tensor, args) -> Tensor:
@@ -529,7 +535,7 @@ def resample_below(model: JointEBM, z: Tensor, k: int, n_steps: int, args) -> Te
     """z [b d] with layers 1 .. k anew given those above: from p0, then n_steps of Langevin."""
     eps, low = model.prior.to_eps(z), sum(model.prior.dims[:k])
     z = model.prior.to_z(torch.cat([torch.randn_like(eps[:, :low]), eps[:, low:]], 1))
-    return chain(model, z, n_steps if k else 0, args.prior_step_size, args, keep=k)
+    return chain(model, z, n_steps if k else 0, args.prior_step_size, args, up_to=k)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -557,7 +563,7 @@ def train_step(model: JointEBM, x: Tensor, stage: str, opt, opt_ebm, args,
         loss.backward()
     if tilted:
         model.energies.requires_grad_(True).train()                        # spectral norm moves
-        f_pos, f_neg = model.energies(z_pos), model.energies(z_neg)
+        f_pos, f_neg = model.energies(torch.cat([z_pos, z_neg])).chunk(2)  # of the same weights
         opt_ebm.zero_grad(set_to_none=True)
         energy_loss(f_pos, f_neg).backward()
         opt_ebm.step()
@@ -583,7 +589,7 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
     """Backbone steps, then those of the scheme; returns the AUPRCs after each of the last epochs.
     Chains that diverge: back to the last checkpoint, with half the learning rate of the energies.
     """
-    m, per_epoch = image_name(train_set), max(len(train_set) // args.batch_size, 1)
+    m, per_epoch = train_set.modalities[0], max(len(train_set) // args.batch_size, 1)
     opts, step, auprc = optimisers(model, args, run), 0, []
     first, later = (min(n * per_epoch, args.max_steps or n * per_epoch)
                     for n in (args.epochs_backbone, args.epochs))
@@ -605,7 +611,7 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
         step, auprc = restore(run.load(args.checkpoint, free=EVAL_FLAGS))
     else:
         torch.manual_seed(args.seed + 10**6 * run.rank)                    # noise of its own
-        save()
+    save()                                                                 # a rollback needs one
     while step < total:
         epoch = step // per_epoch
         order = torch.Generator().manual_seed(args.seed * 10**6 + epoch)
@@ -617,7 +623,7 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
             metrics = train_step(model, x[m], stage, *opts, args, kl_weight)
             gap = metrics.get("f_pos", 0 * alarm) - metrics.get("f_neg", 0 * alarm)
             alarm = alarm | ~(gap.abs() < args.max_gap) | ~sum(metrics.values()).isfinite()
-            due, last = run.checkpoint_due(), step % per_epoch == 0 or step == total
+            due, last = run.checkpoint_due(), step % per_epoch == 0 or step in (first, total)
             if due or last or step % args.log_every == 0:
                 if common.any_rank(alarm, run.world):
                     step, auprc = restore(run.rollback(f"diverged by step {step} ({stage})"))
@@ -625,7 +631,7 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
                     break
                 run.log(stage=stage, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
-            if last and args.held_out >= 0 and epoch >= n_epochs - args.last_epochs:
+            if last and step > first and epoch >= n_epochs - args.last_epochs and tests[1:]:
                 auprc.append(anomaly_auprc(model, tests, args, run.device))
                 run.log(step=step, epoch=epoch, split="test", **dict(zip(AUPRC, auprc[-1])))
             if due or step == first:
@@ -639,20 +645,17 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-def image_name(dataset: data.Dataset) -> str:
-    return next(m for m in dataset.modalities if dataset.kinds[m] == "image")
-
-
 def subset(dataset: data.Dataset, keep: Tensor) -> data.Dataset:
     """The items where keep [n] is true."""
     return replace(dataset, x={m: x[keep] for m, x in dataset.x.items()}, y=dataset.y[keep])
 
 
-def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0) -> Tensor:
-    """L>k, [n 2]: mean of log p(x, z) + const over --ood_samples of z_>k ~ posterior and z_<=k from
-    the tilted prior given z_>k; then without f. L>0, one sample: minus the anomaly score."""
-    n_samples, values = args.ood_samples if args.ood else 1, []
-    for x in data.batches(dataset, args.eval_batch, device=device, names=[image_name(dataset)]):
+def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0,
+           n_samples: int = 1) -> Tensor:
+    """L>k, [n 2]: mean of log p(x, z) + const over n_samples of z_>k ~ posterior and z_<=k from p0
+    given z_>k, then --ood_steps of Langevin; then without f. L>0: minus the anomaly score."""
+    values = []
+    for x in data.batches(dataset, args.eval_batch, device=device, names=dataset.modalities[:1]):
         x, value = 2 * x.popitem()[1] - 1, 0.0
         for _ in range(n_samples):
             z = resample_below(model, sample_posterior(model, x, args), k, args.ood_steps, args)
@@ -669,35 +672,34 @@ def anomaly_auprc(model: JointEBM, tests: list[data.Dataset], args, device) -> l
     model.requires_grad_(False)
     test, n = tests[0], len(tests[0])
     held = tests[1].head(4 * int((test.y == args.held_out).sum()))
-    score = -torch.cat([scores(model, part, args, device) for part in (test, held)])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not training's noise
+        torch.manual_seed(args.seed)
+        score = -torch.cat([scores(model, part, args, device) for part in (test, held)])
     out = torch.cat([test.y, held.y]).cpu() == args.held_out
     return [common.average_precision(score[:e, i], out[:e]) for e in (n, None) for i in (0, 1)]
 
 
-def ood_metrics(model: JointEBM, test: data.Dataset, args, run) -> dict[str, float]:
+def ood_metrics(model: JointEBM, test: data.Dataset, out: data.Dataset, args,
+                run) -> dict[str, float]:
     """AUROC and AUPRC of L>k and LLR>k = L>0 - L>k, as many images of --ood as of test. The signs
     are the theory's: low L>k and high LLR>k mean out; the positives are in."""
-    out = data.load(args.ood, "test", args.data_dir).to(run.device)
-    if out.shapes[image_name(out)] != test.shapes[image_name(test)]:
-        raise common.RunError(f"--ood {args.ood}: its images are not the size of {args.dataset}'s")
-    n = min(len(out), len(test))
-    labels, metrics = torch.arange(2 * n) < n, {}
+    n, score = min(len(out), len(test)), {}
+    labels = torch.arange(2 * n) < n
     for k in range(len(model.prior.dims)):
-        score = torch.cat([scores(model, s.head(n), args, run.device, k) for s in (test, out)])
-        first = score if k == 0 else first
-        found = {f"l{k}": score} | ({f"llr{k}": score - first} if k else {})
-        for name, both in found.items():
-            for end, value in zip(("", "_plain"), both.unbind(1)):
-                metrics |= {f"ood_auroc_{name}{end}": common.auroc(value, labels),
-                            f"ood_auprc_{name}{end}": common.average_precision(value, labels)}
-    return metrics
+        score[f"l{k}"] = torch.cat([scores(model, s.head(n), args, run.device, k, args.ood_samples)
+                                    for s in (test, out)])
+        score |= {f"llr{k}": score[f"l{k}"] - score["l0"]} if k else {}    # here minus the LLR
+    return {f"ood_{what}_{name}{end}": rank(value, labels) for name, both in score.items()
+            for end, value in zip(("", "_plain"), both.unbind(1))
+            for what, rank in (("auroc", common.auroc), ("auprc", common.average_precision))}
 
 
 def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float]:
     """frechet_clf (and fid) of the same chains after 0, 10, .., 100 steps, and --prior_steps."""
     z, done, metrics, pictures = model.prior.sample(args.n_eval, run.device), 0, {}, {}
     for k in sorted({0, 10, 20, 40, 60, 100, args.prior_steps}):
-        z, done = chain(model, z, k - done, args.prior_step_size, args), k
+        z, done = torch.cat([chain(model, part, k - done, args.prior_step_size, args)
+                             for part in z.split(args.eval_batch)]), k
         parts = iter(z.split(args.eval_batch))
         pictures[f"K = {k}"] = images(model, z[:16])
         found = common.coherence_joint(lambda _: {m: images(model, next(parts))}, judges,
@@ -726,50 +728,59 @@ def draw_layers(model: JointEBM, x: Tensor, args, run) -> None:
         pictures = images(model, prior.to_z(rows.flatten(0, 1)))
         common.save_grid(run.dir / f"layer_{i + 1}.png", {f"layer {i + 1} varied": pictures}, n + 1)
     z = sample_posterior(model, repeat(2 * x - 1, "r ... -> (r s) ...", s=2), args)
-    again = {f"above {k} kept": rearrange(images(model, resample_below(
-        model, z, k, args.prior_steps, args)), "(r s) c h w -> r s c h w", s=2)
+    again = {f"above {k} kept": images(model, resample_below(model, z, k, args.prior_steps, args))
              for k in range(len(dims))}
     common.save_cross_grid(run.dir / "cross.png", {"test": x}, {"test": again})
 
 
 def diagnose_chains(model: JointEBM, args, run, n: int = 64, every: int = 5) -> dict[str, float]:
-    """n chains of --long_steps from p0: -f, and how the chains mix in eps."""
-    path = [model.prior.sample(n, run.device)]
-    for _ in range(args.long_steps // every):
-        path.append(chain(model, path[-1], every, args.prior_step_size, args))
-    energy = torch.stack([-model.energies(z).sum(1).cpu() for z in path])                # [n c]
-    eps = torch.stack([model.prior.to_eps(z).cpu() for z in path[len(path) // 5:]])      # [n c d]
-    report = common.chain_report(eps, run.dir / "diagnostics.png", math.nan, energy)
-    at = {"start": 0, "k": args.prior_steps // every, "end": -1}
+    """n chains of --long_steps from p0, looked at every 5th step (the unit of diagnostics.png): -f
+    (energy_k: at the 5th nearest to --prior_steps), and how up to 256 entries of eps mix."""
+    z, energy, path = model.prior.sample(n, run.device), [], []
+    shown = torch.linspace(0, z.shape[1] - 1, min(z.shape[1], 256), device=z.device).long()
+    for i in range(args.long_steps // every + 1):
+        z = chain(model, z, every, args.prior_step_size, args) if i else z
+        energy.append(-model.energies(z).sum(1).cpu())                                   # [c]
+        path.append(model.prior.to_eps(z)[:, shown].cpu())                               # [c d]
+    energy, eps = torch.stack(energy), torch.stack(path)
+    report = common.chain_report(eps[len(path) // 5:], run.dir / "diagnostics.png", math.nan,
+                                 energy)
+    at = {"start": 0, "k": min(round(args.prior_steps / every), len(path) - 1), "end": -1}
     return {"r_hat": report["r_hat"], "r_hat_95": report["r_hat_95"],
             "ess_per_step": report["ess_per_step"] / every,
+            "autocorrelation_time": report["autocorrelation_time"] * every,
+            "displacement": (eps[-1] - eps[0]).square().mean().sqrt().item(),
             **{f"energy_{name}": energy[i].mean().item() for name, i in at.items()}}
 
 
-def evaluate(model: JointEBM, train_set: data.Dataset, tests: list[data.Dataset],
-             auprc: list[list[float]], judges, args, run) -> dict[str, float]:
+def evaluate(model: JointEBM, everything: data.Dataset, train_set: data.Dataset,
+             tests: list[data.Dataset], out: data.Dataset | None, auprc: list[list[float]], args,
+             run) -> dict[str, float]:
     """Fréchet distance against the number of steps, pictures, chains, anomaly and OOD; test split.
-    A class that was held out is not in the distances."""
+    A class that was held out is not in the distances; judges learn from everything."""
     run.begin_evaluation()
     model.requires_grad_(False).eval()
-    m, metrics, test = image_name(train_set), {}, tests[0]
+    m, metrics, test = train_set.modalities[0], {}, tests[0]
+    judges = common.load_judges(everything, test, run.judges, run.device, run.say)
     if args.held_out >= 0:
         auprc = torch.tensor(auprc or [anomaly_auprc(model, tests, args, run.device)])
         for end, found in {"": auprc[-1], "_mean": auprc.mean(0),
                            "_sd": auprc.std(0, correction=0)}.items():
             metrics |= {name + end: v for name, v in zip(AUPRC, found.tolist())}
         test = subset(test, test.y != args.held_out)
-    if args.ood:
-        metrics |= ood_metrics(model, test, args, run)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir,
-                                                                           run.device))
+    inception = common.load_inception(args.data_dir, run.device)
+    real = common.reference(test, train_set, judges, inception, args.n_eval)
     metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
     metrics |= quality(model, judges, real, m, args, run)
-    x = test.take(slice(args.eval_batch), run.device, [m])[m]
-    z = sample_posterior(model, 2 * x - 1, args)
-    metrics["recon_mse"] = (images(model, z) - x).square().mean().item()
-    draw_layers(model, x[:8], args, run)
+
+    def error(x):
+        z = sample_posterior(model, 2 * x[m] - 1, args)
+        return {"recon_mse": (images(model, z) - x[m]).square().mean()}
+    metrics |= common.mean_over(error, data.batches(
+        test.head(args.n_eval), args.eval_batch, names=[m]), run.device)
+    draw_layers(model, test.take(slice(8), names=[m])[m], args, run)
     metrics |= diagnose_chains(model, args, run)
+    metrics |= ood_metrics(model, test, out, args, run) if out else {}
     run.time_samples(lambda n: {m: images(model, sample_prior(model, n, run.device, args))})
     return metrics
 
@@ -784,11 +795,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                            for split, n in (("train", args.n_train), ("test", args.n_test)))
         everything, tests = train_set, [test]
         if args.held_out >= 0:
-            if train_set.y is None:
-                raise common.RunError(f"--held_out: {args.dataset} has no labels")
+            if train_set.y is None or not (test.y == args.held_out).any():
+                raise common.RunError(f"--held_out: no label {args.held_out} in {args.dataset}")
             train_set = subset(everything, everything.y != args.held_out)
             tests.append(subset(everything, everything.y == args.held_out))
-        shape = train_set.shapes[image_name(train_set)]
+        shape = train_set.shapes[train_set.modalities[0]]
+        out = data.load(args.ood, "test", args.data_dir).to(run.device) if args.ood else None
+        if out and out.shapes[out.modalities[0]] != shape:
+            raise common.RunError(f"--ood {args.ood}: its images are not of {shape}")
         if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
             raise common.RunError(f"--net {args.net} is not made for images of {shape}; try ladder")
         model = JointEBM(shape, args)
@@ -803,9 +817,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             auprc = train(model, train_set, tests, args, run)
         args.n_eval = min(args.n_eval, len(test))
-        judges = common.load_judges(everything, test, run.judges, run.device, run.say)
-        metrics = evaluate(model, train_set, tests, auprc, judges, args, run)
-        return run.finish(metrics, train_set.note, len(test))
+        metrics = evaluate(model, everything, train_set, tests, out, auprc, args, run)
+        return run.finish(metrics, train_set.note, args.n_eval)
 
 
 if __name__ == "__main__":

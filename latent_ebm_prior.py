@@ -16,12 +16,15 @@ Symbols     z, w [b d]; m, j modality (experts first: [m k b d]), k importance s
 Algorithm   for each minibatch
   1  encode; z_m ~ q_m(z|x_m), w_m ~ q_m(w|x_m), w'_n ~ r_n; K each
   2  z_neg: z ~ p0, then prior_steps times z <- z + s^2/2 d/dz (f + log p0)(z) + s eps
-  3  ascend 1/M sum_m log 1/K sum_k W_m^k,  log W_m = log p(x_m|z,w_m) + sum_n log p(x_n|z,w'_n)
-            + beta (f(z) + log p0(z) + log p(w_m) - log q(z|x) - log q_m(w_m|x_m)),  f held fixed
+  3  ascend 1/M sum_m log 1/K sum_k W_m^k,  f held fixed,  n runs over the modalities but m:
+            log W_m = lambda_m log p(x_m|z,w_m) + sum_n lambda_n log p(x_n|z,w'_n)
+            + beta (f(z) + log p0(z) + log p(w_m) - log q(z|x) - log q_m(w_m|x_m))
   3' --inference mcmc: v ~ encoder, then post_steps of Langevin on log p(v|x); the decoders ascend
-     rho log p(x|v) + (1 - rho) (3); the encoders (3), or log q(v|x) with --phi teach
+     rho sum_n (log p(x_n|z,w_n) + log p(x_n|z,w'_n)) + (1 - rho) (3), z and w the chain's ends; the
+     encoders (3), or with --phi teach 1/M sum_m log q_m(z|x_m) + sum_n log q_n(w_n|x_n)
   4  f descends  mean f(z_neg) - mean f(z_pos),  z_pos: z of 1, or the chain's end of 3'
-  Afterwards epochs_ebm epochs of 2 and 4 alone. Generation: z from chain 2, w ~ p(w), decoders.
+  Afterwards epochs_ebm epochs of 2 and 4 alone (z_pos as before). Generation: z from chain 2,
+  w ~ p(w), decoders.
 
 Usage
   python latent_ebm_prior.py                                synthetic digits, minutes on a CPU
@@ -34,13 +37,15 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D2 EBM sizes, steps and rates are those of its relatives (Pang et al. 2020); rho, phi are ours
   D3 the posterior chain divides the likelihood by beta, to match (3); --no-temper does not
   D4 --objective dreg is unbiased for a mixture of experts; public code leaves the score term in
-  D5 --ebm_on u: f sees (z, w_1 .. w_M); drawing x_n from others then still takes w_n ~ p(w)
+  D5 --ebm_on u: f sees (z, w_1 .. w_M), and w_n learns from it in expert n's term only, as from
+     p(w_n); drawing x_n from others then still takes w_n ~ p(w)
   D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
   D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
 """
 import argparse
 import math
 from functools import cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +66,12 @@ PRESETS = {
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
                        epochs_vae=30),
     "paired": dict(net="mlp")}
-TEST_FLAGS = ("cross_steps", "prior_sweep", "gmm")                         # not for training
+
+
+def test_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """Flags that may differ from the training's; amortised training runs no posterior chain."""
+    chain = ("post_steps", "post_step_size", "post_init", "temper")
+    return "cross_steps", "prior_sweep", "gmm", *(chain if args.inference == "amortised" else ())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--w_dim", type=number(int, 1), default=32)
     flag("--private", action=switch, default=True, help="w_m; without: E24's base version")
     flag("--net", default="auto", choices=["auto", "mlp", "patch", "conv", "resnet"])
-    flag("--width", type=number(int, 1), default=64, help="channels of conv, resnet; 64: full size")
+    flag("--width", type=number(int, 1), default=64, help="channels, features of patch; 64: full")
     flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
     flag("--rescale", action=switch, default=False, help="weigh by largest size / size of x_m")
     flag("--prior", default="ebm", choices=["ebm", "laplace"], help="laplace: p0 alone, MMVAE+")
@@ -116,8 +126,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.objective == "elbo" and args.k > 1:
         p.error(f"--objective elbo has --k 1, not {args.k}; give --objective iwae or dreg")
-    if args.objective == "dreg" and (args.ebm_on == "u" or args.inference == "mcmc"):
-        p.error("--objective dreg is for --ebm_on z and --inference amortised")
+    if args.objective == "dreg" and args.ebm_on == "u":
+        p.error("--objective dreg is for --ebm_on z")
+    if args.prior == "ebm" and not args.epochs_ebm and args.ebm_warmup >= args.epochs_vae > 0:
+        p.error("f would never train: give --epochs_ebm, or --ebm_warmup below --epochs_vae")
     return args
 
 
@@ -237,7 +249,7 @@ class MMVAEPlus(nn.Module):
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
         super().__init__()
-        self.modalities, self.z_dim = list(shapes), args.z_dim
+        self.modalities, self.z_dim, self.amp = list(shapes), args.z_dim, args.amp
         self.w_dim = args.w_dim if args.private else 0
         self.encoders, self.decoders = nn.ModuleDict(), nn.ModuleDict()
         sizes = {m: math.prod(s) for m, s in shapes.items()}
@@ -258,16 +270,19 @@ class MMVAEPlus(nn.Module):
     def encode(self, x: dict[str, Tensor]) -> list[Tensor]:
         """mu_z, scale_z, mu_w, scale_w, each [m b d], of the modalities that x has."""
         q = {"z": [], "w": []}
-        for m in [m for m in self.modalities if m in x]:
-            empty = x[m].new_zeros(len(x[m]), 0)
-            q["z"].append(self.encoders[m]["z"](x[m]))
-            q["w"].append(self.encoders[m]["w"](x[m]) if self.w_dim else (empty, empty))
+        with torch.autocast(self.aux.device.type, torch.bfloat16, enabled=self.amp):
+            for m in [m for m in self.modalities if m in x]:
+                empty = x[m].new_zeros(len(x[m]), 0)
+                q["z"].append(self.encoders[m]["z"](x[m]))
+                q["w"].append(self.encoders[m]["w"](x[m]) if self.w_dim else (empty, empty))
         return [torch.stack(p).to(self.aux) for name in q for p in zip(*q[name])]
 
     def decode(self, m: str, z: Tensor, w: Tensor) -> Tensor:
         """z, w [... d] -> mean images [... c h w], in one call."""
         u = torch.cat([w, z], -1)
-        return self.decoders[m](u.reshape(-1, u.shape[-1])).unflatten(0, u.shape[:-1])
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.amp):
+            x = self.decoders[m](u.reshape(-1, u.shape[-1]))
+        return x.to(u).unflatten(0, u.shape[:-1])
 
     def split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """v [... d] -> z [... d], w [m ... d]."""
@@ -297,7 +312,7 @@ def log_lik(x: Tensor, mean: Tensor, scale: float) -> Tensor:
     return -error / scale - math.log(2 * scale) * math.prod(x.shape[-3:])
 
 
-def sample_laplace(mu: Tensor, scale: Tensor) -> Tensor:
+def sample_laplace(mu: Tensor, scale: Tensor | float) -> Tensor:
     """mu + scale * Laplace(0, 1), reparameterised, by the inverse distribution function."""
     u = torch.rand_like(mu) - 0.5
     return mu - scale * u.sign() * torch.log1p((-2 * u.abs()).clamp_min(-1 + 1e-7))
@@ -314,8 +329,7 @@ def log_lik_all(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, ar
     -> [m k b]. One decoder call a target, for all experts and samples."""
     total, n_m = 0.0, len(z)
     for i, n in enumerate(model.modalities):
-        r = sum_to_dim(model.aux[i])
-        aux = sample_laplace(torch.zeros_like(w), r)                       # w'_n
+        aux = sample_laplace(torch.zeros_like(w), sum_to_dim(model.aux[i]))          # w'_n
         own = torch.arange(n_m, device=z.device).eq(i)[:, None, None, None]
         mean = model.decode(n, z, torch.where(own, w, aux))                # [m k b c h w]
         total = total + model.weight[n] * log_lik(x[n], mean, args.decoder_scale)
@@ -345,10 +359,10 @@ def importance_bound(log_w: Tensor) -> Tensor:
 def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: float) -> Tensor:
     """[b] with the looser bound's mean gradient, less noisy (Tucker et al. 2019); z, w [m k b d].
 
-    With V_k = W_k / sum W and r_m = q_m / sum_j q_j, expert m's own score -beta V r_m d log q_m is
-    replaced by its reparameterised twin: the path through z weighs V (1 - beta r_m (1 - V)), and
-    -beta V d r_m/dz is added; other experts' scores stay. Through w: V (1 - beta (1 - V)). With
-    M = 1, beta = 1 both are the known V^2. log_weight(z, w, q) -> [m k b].
+    With V_k = W_k / sum W and e_m = q_m / sum_j q_j, expert m's own score -beta V e_m d log q_m is
+    replaced by its reparameterised twin: the path through z weighs V (1 - beta e_m (1 - V)), and
+    -beta V d e_m/dz is added; other experts' scores stay. Through w: V (1 - beta (1 - V)). With
+    M = 1, beta = 1 both are the known V^2. log_weight(z, w, q) -> [m k b]. Its value is the bound.
     """
     fixed = [p.detach() for p in q]
     z_path, w_path = z.clone(), w.clone()
@@ -357,21 +371,24 @@ def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: floa
     log_q = log_experts(z, *fixed[:2])                                     # [j m k b]
     share = log_q.detach().softmax(0)
     own = torch.eye(len(z), device=z.device)[:, :, None, None]             # [j m 1 1]
-    r = (share * own).sum(0)                                               # r_m [m k b]
-    log_r = (log_q * own).sum(0) - log_q.logsumexp(0)
-    z_path.register_hook(lambda g: g * (1 - beta * r * (1 - share_k))[..., None])
+    e = (share * own).sum(0)                                               # e_m [m k b]
+    log_e = (log_q * own).sum(0) - log_q.logsumexp(0)
+    z_path.register_hook(lambda g: g * (1 - beta * e * (1 - share_k))[..., None])
     if w.requires_grad:                                                    # not without w
         w_path.register_hook(lambda g: g * (1 - beta * (1 - share_k))[..., None])
     others = (share * (1 - own) * log_experts(z.detach(), *q[:2])).sum(0)
-    return (share_k * (log_w - beta * (r * log_r + others))).sum(1).mean(0)
+    surrogate = (share_k * (log_w - beta * (e * log_e + others))).sum(1).mean(0)
+    return importance_bound(log_w).detach() + surrogate - surrogate.detach()
 
 
 def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool) -> dict[str, Tensor]:
-    """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]}."""
+    """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]};
+    with use_ebm both lack -beta log Z, so that they are bounds only under p0."""
     q = model.encode(x)
     mu_z, scale_z, mu_w, scale_w = (repeat(p, "m b d -> m k b d", k=args.k) for p in q)
     z, w = sample_laplace(mu_z, scale_z), sample_laplace(mu_w, scale_w)
-    w_all = repeat(w, "n k b d -> n m k b d", m=len(z))
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)[:, :, None, None, None]
+    w_all = torch.where(own, w[:, None], w[:, None].detach())              # [n m k b d], D5
 
     def log_weight(z: Tensor, w: Tensor, q: list[Tensor]) -> Tensor:
         log_qz = log_experts(z, *q[:2]).logsumexp(0) - math.log(len(z))    # [m k b]
@@ -415,15 +432,9 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
     return z
 
 
-def base_gradient(z: Tensor, args) -> Tensor:
-    """d log p0/dz; of Laplace -sign(z)/scale. [b d]."""
-    return -(z.sign() / args.base_scale if args.base == "laplace" else z / args.base_scale**2)
-
-
 def start_prior(n: int, model: MMVAEPlus, args, device) -> Tensor:
     """Draws of p0(z), or with --ebm_on u of p0(z) prod p(w_m): [n d]."""
-    z = torch.zeros(n, model.ebm.layers[0].in_features, device=device)
-    draw = sample_laplace(z, torch.ones_like(z))
+    draw = sample_laplace(torch.zeros(n, model.ebm.layers[0].in_features, device=device), 1.0)
     if args.base == "gaussian":
         draw[:, :model.z_dim] = torch.randn(n, model.z_dim, device=device)
     draw[:, :model.z_dim] *= args.base_scale
@@ -433,7 +444,8 @@ def start_prior(n: int, model: MMVAEPlus, args, device) -> Tensor:
 def prior_gradient(model: MMVAEPlus, u: Tensor, args) -> Tensor:
     """d/du (f + log p0(z) + sum log p(w_m)), closed form: [b d]."""
     z, w = u[:, :model.z_dim], u[:, model.z_dim:]
-    return model.ebm.gradient(u) + torch.cat([base_gradient(z, args), -w.sign()], 1)
+    pull = z.sign() / args.base_scale if args.base == "laplace" else z / args.base_scale**2
+    return model.ebm.gradient(u) - torch.cat([pull, w.sign()], 1)
 
 
 compiled_gradient = cache(lambda: torch.compile(prior_gradient))            # once, when asked for
@@ -464,20 +476,25 @@ def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
     m = torch.randint(len(observed), (b,), device=device)
     rows = torch.arange(b, device=device)
     z = sample_laplace(mu_z[m, rows], scale_z[m, rows])
-    w = mu_z.new_zeros(len(model.modalities), b, model.w_dim)
-    w = sample_laplace(w, torch.ones_like(w))
+    w = sample_laplace(mu_z.new_zeros(len(model.modalities), b, model.w_dim), 1.0)
     for i, name in enumerate(observed):
         w[model.modalities.index(name)] = sample_laplace(mu_w[i], scale_w[i])
     return torch.cat([z, *w], 1)
 
 
+def start_chain(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
+    """start_posterior's v [b d], or with --post_init noise draws of p0(z) prod p(w_m)."""
+    v = start_posterior(model, x, args)
+    if args.post_init == "noise":
+        v = sample_laplace(torch.zeros_like(v), 1.0)
+        v[:, :model.z_dim] = start_prior(len(v), model, args, v.device)[:, :model.z_dim]
+    return v
+
+
 def sample_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, n_steps: int,
                      use_ebm: bool) -> Tensor:
-    """v ~ p(v|x_S), nearly: n_steps of Langevin from the mixture of experts, or from p0."""
-    v = start_posterior(model, x, args)
-    if args.post_init == "noise" and n_steps:
-        v = sample_laplace(torch.zeros_like(v), torch.ones_like(v))
-        v[:, :model.z_dim] = start_prior(len(v), model, args, v.device)[:, :model.z_dim]
+    """v ~ p(v|x_S), nearly: n_steps of Langevin from start_chain; none: from the encoders."""
+    v = start_chain(model, x, args) if n_steps else start_posterior(model, x, args)
     return langevin(lambda v: log_joint(model, x, v, args, use_ebm), v, n_steps,
                     args.post_step_size)
 
@@ -532,8 +549,7 @@ def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], args,
 def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
                world: int = 1) -> dict[str, Tensor]:
     """One minibatch of the algorithm, x = {m: [b c h w]}; metrics as tensors."""
-    with torch.autocast(next(iter(x.values())).device.type, torch.bfloat16, enabled=args.amp):
-        out = objective(model, x, args, use_ebm)
+    out = objective(model, x, args, use_ebm)
     opts["vae"].zero_grad(set_to_none=True)
     out["loss"].backward()
     z_pos, metrics = out["z_pos"], {}
@@ -555,15 +571,21 @@ def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_e
     return ebm_step(model, u.flatten(0, 1), opts["ebm"], args, world)
 
 
+def chain_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
+               world: int = 1) -> dict[str, Tensor]:
+    """encoded_step of --inference mcmc: z_pos are the ends of posterior chains under f."""
+    v = sample_posterior(model, x, args, args.post_steps, use_ebm)
+    return ebm_step(model, v if args.ebm_on == "u" else v[:, :model.z_dim], opts["ebm"], args,
+                    world)
+
+
 def diverged(metrics: dict[str, Tensor], args, run) -> str:
     """Why the chains are lost, "" if they are not; the same answer on every rank."""
     values = torch.stack([v.float() for v in metrics.values()])
-    gap = metrics.get("gap", values.new_zeros(())).abs()
-    state = torch.stack([(~values.isfinite()).any().float(), (gap > args.max_gap).float()])
-    if run.world > 1:
-        torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX)
-    broken, wide = state.tolist()
-    return "a value is not finite" if broken else f"|gap| > {args.max_gap:g}" if wide else ""
+    if common.any_rank(~values.isfinite().all(), run.world):
+        return "a value is not finite"
+    wide = metrics.get("gap", 0 * values[0]).abs() > args.max_gap
+    return f"|gap| > {args.max_gap:g}" if common.any_rank(wide, run.world) else ""
 
 
 def with_encodings(model: MMVAEPlus, dataset: data.Dataset) -> data.Dataset:
@@ -591,35 +613,33 @@ def make_optimisers(model: MMVAEPlus, args, run) -> dict:
 def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dataset, args, run,
                 state: dict | None) -> None:
     """Stage 0: autoencoder and EBM; stage 1: EBM alone; from its start or a checkpoint's state."""
-    name, step_fn = (("vae", train_step), ("ebm", encoded_step))[index]
+    name, coded = ("vae", "ebm")[index], index == 1 and args.inference == "amortised"
+    step_fn = encoded_step if coded else chain_step if index else train_step
     opts = make_optimisers(model, args, run)
-    if index:
-        train_set = with_encodings(model, train_set)
-    names = [f"q_{m}" for m in model.modalities] if index else model.modalities
+    train_set = with_encodings(model, train_set) if coded else train_set
+    names = [f"q_{m}" for m in model.modalities] if coded else model.modalities
     per_epoch = max(len(train_set) // args.batch_size, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
 
-    def restore(state: dict | None) -> int:
-        if state:
-            model.load_state_dict(state["model"])
-            for key in opts:
-                opts[key].load_state_dict(state["opts"][key])
-        return state["step"] if state else 0
+    def restore(state: dict) -> int:
+        model.load_state_dict(state["model"])
+        for key in opts:
+            opts[key].load_state_dict(state["opts"][key])
+        return state["step"]
 
     def save() -> None:
         run.save({"stage": index, "step": step, "model": model.state_dict(),
                   "opts": {key: opt.state_dict() for key, opt in opts.items()}})
 
-    step = restore(state)
-    if not state:
-        save()                                                             # a rollback needs one
+    step = restore(state) if state else 0
+    save()                                                                 # a rollback needs one
     model.train()
     while step < total:
         epoch = step // per_epoch
         use_ebm = args.prior == "ebm" and (index == 1 or epoch >= args.ebm_warmup)
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
-        for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
-                              run.rank, run.world, names):
+        for x in islice(data.batches(train_set, args.batch_size, order, run.device,
+                                     step % per_epoch, run.rank, run.world, names), total - step):
             share = 1 - step / total if args.decay else 1.0
             for key, rate in (("vae", args.lr), ("ebm", args.lr_ebm * 0.5**run.rollbacks)):
                 opts[key].param_groups[0]["lr"] = share * rate
@@ -637,22 +657,19 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
                 save()
             if run.stop_requested:
                 run.stop()
-            if step == total:
-                break
     run.say(f"stage {name}: {step} steps")
 
 
 def train(model: MMVAEPlus, train_set: data.Dataset, args, run) -> None:
     """Both stages in turn; --resume goes on where the checkpoint stands."""
-    state = run.load(args.checkpoint, free=TEST_FLAGS) if args.resume else {"stage": 0}
+    state = run.load(args.checkpoint, test_flags(args)) if args.resume else {"stage": 0}
     if args.resume:
         model.load_state_dict(state["model"])
-    elif run.rank:
-        torch.manual_seed(args.seed + 10**7 * run.rank)                    # noise of its own
     stages = [args.epochs_vae, args.epochs_ebm if args.prior == "ebm" else 0]
     for i in range(state["stage"], len(stages)):
         resumed = state if i == state["stage"] and "opts" in state else None
-        train_stage(model, i, stages[i], train_set, args, run, resumed)
+        if stages[i]:
+            train_stage(model, i, stages[i], train_set, args, run, resumed)
         run.save({"stage": i + 1, "model": model.state_dict()})
 
 
@@ -661,14 +678,15 @@ def joint_images(model: MMVAEPlus, u: Tensor) -> dict[str, Tensor]:
     """Decoder means {m: [b c h w]} of u = z, then w_m ~ p(w), or u = (z, w_1 .. w_M)."""
     if u.shape[1] == model.z_dim:
         w = u.new_zeros(len(u), len(model.modalities) * model.w_dim)
-        u = torch.cat([u, sample_laplace(w, torch.ones_like(w))], 1)
+        u = torch.cat([u, sample_laplace(w, 1.0)], 1)
     z, w = model.split(u)
     return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)}
 
 
 def encoded(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
-    """A draw of v ~ q(v|x) for each item: [n d]."""
-    return torch.cat([start_posterior(model, x, args)
+    """A draw of v for each item, [n d]: of q(v|x), or with --inference mcmc a chain's end."""
+    n_steps = args.post_steps if args.inference == "mcmc" else 0
+    return torch.cat([sample_posterior(model, x, args, n_steps, args.prior == "ebm")
                       for x in data.batches(dataset, args.eval_batch, device=device)])
 
 
@@ -681,12 +699,13 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, use_ebm = run.device, args.prior == "ebm"
-    bound = argparse.Namespace(**vars(args) | {"objective": "iwae"})
+    bound = argparse.Namespace(**vars(args) | {"objective": "iwae"})       # with p0: Z is unknown
     metrics = common.mean_over(
-        lambda x: {"bound_nats": objective(model, x, bound, use_ebm)["bound_nats"]},
-        data.batches(test, args.eval_batch), device)
+        lambda x: {"bound_base_nats": objective(model, x, bound, False)["bound_nats"]},
+        data.batches(test, args.eval_batch, device=device), device)
     judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+    inception = common.load_inception(args.data_dir, device)
+    real = common.reference(test, train_set, judges, inception, args.n_eval)
 
     def sample(n, steps=args.prior_steps if use_ebm else 0):
         return joint_images(model, sample_prior(model, n, args, device, steps))
@@ -743,7 +762,7 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
 @torch.no_grad()
 def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str, float]:
     """f and spread of z_pos and z_neg; a chain 20 times as long (is it a sampler, or a short-run
-    flow?), its mean log-density along the way; Metropolis acceptance at its end as bias."""
+    flow?), its mean energy, minus log-density, along the way; Metropolis acceptance at its end."""
     v = encoded(model, test.head(2000), args, run.device)
     z_pos = v[:, :model.z_dim] if args.ebm_on == "z" else v
     z_neg, trace = sample_prior(model, len(v), args, run.device), []
@@ -772,7 +791,7 @@ def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str,
 def diagnose_posterior(model: MMVAEPlus, test: data.Dataset, args, run, use_ebm) -> dict:
     """log p(v, x) before and after post_steps on 200 test items, and reconstruction errors."""
     x = test.head(200).take(slice(200), run.device)
-    start = sample_posterior(model, x, args, 0, use_ebm)
+    start = start_chain(model, x, args)
     end = langevin(lambda v: log_joint(model, x, v, args, use_ebm), start, args.post_steps,
                    args.post_step_size)
     metrics = {}
@@ -800,7 +819,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise common.RunError(error) from None
         run.start(model)
         if args.eval_only:
-            model.load_state_dict(run.load(args.checkpoint, free=TEST_FLAGS)["model"])
+            model.load_state_dict(run.load(args.checkpoint, test_flags(args), 2)["model"])
         else:
             train(model, sets["train"], args, run)
         test = sets["test"].head(args.n_eval)

@@ -23,7 +23,7 @@ Algorithm
 Usage
   python sbm_vae.py                                   four synthetic modalities, minutes on a CPU
   python sbm_vae.py --dataset polymnist10 --preset paper --data_dir DIR       the authors' setting
-  python sbm_vae.py --eval_only --sampler pc --obs_noise clean                another sampler
+  python sbm_vae.py --eval_only --sampler pc --obs_noise fresh                another sampler
 
 Deviations from the authors' public code (--preset paper undoes those marked *)
   D1* latents standardised, net predicts v = alpha eps - sigma Z from alpha Z_t, loss on v, t with
@@ -34,6 +34,7 @@ Deviations from the authors' public code (--preset paper undoes those marked *)
   D5  w is for each sample, all observed i for every missing j (theirs: one pair, w / batch size)
   D6  energy: a pair is drawn for each sample, not one for a batch; (*) a dot product of features
   D7  autoencoders share one learning-rate schedule and the epoch with the best summed loss
+  D8  all latents are encoded once, so that mnist_svhn's pairs are drawn once
 """
 import argparse
 import math
@@ -63,9 +64,10 @@ PAPER = dict(
     lr_ae=1e-3, batch_size=256, batch_ae=256)
 PAPER_MORE = {"polymnist10": dict(dim=128), "celebamask_hq": dict(         # on top of PAPER
     z_dim=256, dim=256, lr_ae=2e-4, lr_score=5e-5, n_steps=1000, beta_min=0.1, beta_max=20.0,
-    schedule="constant", vae_beta=[0.1, 1.0, 0.1])}
-INFERENCE_FLAGS = ("sampler", "n_steps", "obs_noise", "corrector", "snr", "repaint", "jump",
-                   "guide_weight", "guide_sweep", "curve", "n_curve")      # not for training
+    schedule="constant", vae_beta=[0.1, 1.0, 0.1], rae_lambda=[1e-4, 1e-5, 1e-4],
+    rae_sigma=[1e-3, 1e-3, 0.1])}
+SAMPLER_FLAGS = ("sampler", "n_steps", "obs_noise", "corrector", "snr", "repaint", "jump")
+INFERENCE_FLAGS = (*SAMPLER_FLAGS, "guide_weight", "guide_sweep", "curve", "n_curve")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--ema", type=number(float, 0, 0.99999), default=0.999, help="of the score net; 0: none")
     flag = p.add_argument_group("sampler").add_argument
     flag("--sampler", default="ode", choices=["pc", "em", "ode"], help="em: pc, no corrector")
-    flag("--n_steps", type=number(int, 2), default=25, help="pc: two network calls a step")
+    flag("--n_steps", type=number(int, 2), default=25, help="network calls; pc: two a step")
     flag("--obs_noise", default="clean", choices=["fresh", "fixed", "official", "clean"],
          help="how observed latents enter; clean and masked: at time 0")
     flag("--corrector", default="fixed", choices=["fixed", "official"])
@@ -121,15 +123,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--guide_weight", type=number(float, 0), default=0.0, help="w; needs --epochs_energy")
     flag("--guide_sweep", type=number(float, 0), nargs="*", default=[], help="weights to compare")
     flag("--curve", type=number(int, 4), nargs="*", default=[10, 20, 50, 200], help="network calls")
-    flag("--n_curve", type=number(int, 2), default=500, help="samples a point of curve and sweep")
-    dataset, preset = (common.peek(p, argv, f) for f in ("dataset", "preset"))
+    flag("--n_curve", type=number(int, 4), default=500, help="samples a point of curve and sweep")
+    dataset, preset, masked = (common.peek(p, argv, f) for f in ("dataset", "preset", "cond_train"))
     paper = PAPER | PAPER_MORE.get(dataset, {}) if preset == "paper" else {}
-    p.set_defaults(**PRESETS.get(dataset, {}) | paper)
+    noise = {"obs_noise": "fresh"} if masked == "none" else {}             # no net for clean ones
+    p.set_defaults(**PRESETS.get(dataset, {}) | noise | paper)
     args = p.parse_args(argv)
     side = math.isqrt(args.z_dim)
     if args.score_net == "unet" and (side**2 != args.z_dim or side % 2**(len(args.dim_mults) - 1)):
         p.error(f"--score_net unet halves the side of a square of --z_dim {args.z_dim} entries "
                 f"{len(args.dim_mults) - 1} times (--dim_mults): give 64 or 256")
+    if args.sampler == "ode" and args.repaint > 1:
+        p.error("--repaint is for --sampler pc and em")
     if not args.epochs_energy and (args.guide_weight or args.guide_sweep):
         p.error("--guide_weight and --guide_sweep need --epochs_energy, an energy to guide by")
     return args
@@ -168,7 +173,7 @@ class RBlock(nn.Module):
 
 
 class Patches(nn.Module):
-    """g bodies of dense layers on 4 x 4 patches of an image: three matrix products each way."""
+    """g bodies of dense layers on a 4 x 4 grid of patches: three matrix products each way."""
 
     def __init__(self, shape: tuple[int, ...], g: int, z_dim: int):
         super().__init__()
@@ -191,12 +196,14 @@ class Patches(nn.Module):
                          h=self.shape[1] // 4).sigmoid()
 
 
-RESNETS = {     # channels, side: (encoder blocks, decoder blocks) of (in, mid, out, factor)
-    (3, 32): ([(64, 64, 64, 2), (64, 128, 128, 2), (128, 256, 256, 2)],
-              [(256, 128, 128, 2), (128, 128, 64, 2), (64, 64, 64, 2)]),
-    (3, 128): ([(64, 128, 128, 2), (128, 256, 256, 2), (256, 512, 512, 2)],
-               [(512, 512, 256, 2), (256, 256, 128, 2), (128, 128, 64, 2)]),
-    (1, 128): ([(64, 128, 128, 4), (128, 256, 256, 4)], [(256, 256, 128, 4), (128, 128, 64, 4)])}
+RESNETS = {     # shape: (encoder blocks, decoder blocks) of (in, mid, out, factor)
+    (3, 32, 32): ([(64, 64, 64, 2), (64, 128, 128, 2), (128, 256, 256, 2)],
+                  [(256, 128, 128, 2), (128, 128, 64, 2), (64, 64, 64, 2)]),
+    (3, 128, 128): ([(64, 128, 128, 2), (128, 256, 256, 2), (256, 512, 512, 2)],
+                    [(512, 512, 256, 2), (256, 256, 128, 2), (128, 128, 64, 2)]),
+    (1, 128, 128): ([(64, 128, 128, 4), (128, 256, 256, 4)],
+                    [(256, 256, 128, 4), (128, 128, 64, 4)])}
+RESNETS |= dict.fromkeys([(3, 28, 28), (1, 28, 28), (1, 32, 32)], RESNETS[3, 32, 32])
 
 
 class ResNets(nn.Module):
@@ -205,8 +212,7 @@ class ResNets(nn.Module):
     def __init__(self, shape: tuple[int, ...], g: int, z_dim: int):
         super().__init__()
         self.pad, side = (2, 32) if shape[1] == 28 else (0, shape[1])
-        enc, dec = RESNETS[3 if side == 32 else shape[0], side]
-        smooth, self.g, c = side == 128, g, shape[0]
+        (enc, dec), smooth, self.g, c = RESNETS[shape], side == 128, g, shape[0]
         scale = math.prod(r for *_, r in enc)
         self.stem = nn.Sequential(
             nn.Conv2d(g * c, g * enc[0][0], 5, 1, 2, groups=g), nn.BatchNorm2d(g * enc[0][0]),
@@ -259,15 +265,13 @@ class Autoencoders(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], g: int, args):
         super().__init__()
-        resnet = args.ae_net == "resnet" and (3 if shape[1:] == (28, 28) else shape[0],
-                                              32 if shape[1:] == (28, 28) else shape[-1]) in RESNETS
         if len(shape) == 1:
             self.net = Attributes(shape[0], args.z_dim)
-        elif args.ae_net == "resnet" and not resnet or shape[1] % 4 or shape[2] % 4:
+        elif shape not in RESNETS if args.ae_net == "resnet" else shape[1] % 4 or shape[2] % 4:
             raise ValueError(f"--ae_net {args.ae_net} is not made for images of {shape}")
         else:
-            self.net = (ResNets if resnet else Patches)(shape, g, args.z_dim)
-        self.mu = GroupedLinear(g, self.net.n_features, args.z_dim)
+            self.net = (ResNets if args.ae_net == "resnet" else Patches)(shape, g, args.z_dim)
+        self.mu, self.decode = GroupedLinear(g, self.net.n_features, args.z_dim), self.net.decode
         if args.autoencoder == "vae":
             self.log_var = GroupedLinear(g, self.net.n_features, args.z_dim)
 
@@ -275,15 +279,12 @@ class Autoencoders(nn.Module):
         h_mu, h_var = self.net.features(x)
         return self.mu(h_mu), self.log_var(h_var) if hasattr(self, "log_var") else None
 
-    def decode(self, z: Tensor) -> Tensor:
-        return self.net.decode(z)
-
 
 def embed(t: Tensor, dim: int) -> Tensor:
     """[...] -> [... dim]: sine and cosine of t exp(-k ln(10^4) / (dim/2 - 1)), k = 0 .. dim/2-1."""
-    k = torch.arange(dim // 2, device=t.device)
-    phase = t[..., None].float() * (-k * math.log(1e4) / (dim // 2 - 1)).exp()
-    return torch.cat([phase.sin(), phase.cos()], -1)
+    k = torch.arange((dim + 1) // 2, device=t.device)
+    phase = t[..., None].float() * (-k * math.log(1e4) / max(dim // 2 - 1, 1)).exp()
+    return torch.cat([phase.sin(), phase.cos()], -1)[..., :dim]
 
 
 def time_mlp(n_in: int, hidden: int) -> nn.Sequential:
@@ -406,8 +407,8 @@ class PairEnergy(nn.Module):
     def forward(self, z_i: Tensor, z_j: Tensor, i: Tensor, j: Tensor, t: Tensor) -> Tensor:
         h = x = torch.cat([z_i, z_j], -1)                                  # [b p]
         d = z_i.shape[-1]
-        given = [self.time(embed(self.scale * t, 2 * d)), self.index[0](embed(i + 1, d)),
-                 self.index[1](embed(j + 1, d))]
+        given = [self.time(embed(self.scale * t, 2 * d)),
+                 *(net(embed(k + 1, d)) for net, k in zip(self.index, (i, j)))]
         for k, layer in enumerate(self.layers):
             h = F.softplus(layer(torch.cat([h + x if k == 4 else h, *given], -1)))
         return self.out(h)[..., 0]
@@ -443,10 +444,8 @@ class SBM(nn.Module):
         self.autoencoders = nn.ModuleList(
             Autoencoders(kind, len(bank), args) for kind, bank in zip(kinds, self.banks))
         self.score_net = (MLP if args.score_net == "mlp" else Unet)(len(shapes), args)
-        self.energy = None
-        if args.epochs_energy:
-            dot = args.energy_net == "dot"
-            self.energy = DotEnergy(len(shapes), args) if dot else PairEnergy(args)
+        self.energy = None if not args.epochs_energy else \
+            DotEnergy(len(shapes), args) if args.energy_net == "dot" else PairEnergy(args)
         self.sde = VPSDE(args.beta_min, args.beta_max)
         self.register_buffer("mean", torch.zeros(len(shapes), args.z_dim))
         self.register_buffer("std", torch.ones(len(shapes), args.z_dim))
@@ -459,8 +458,8 @@ class SBM(nn.Module):
                 blank = torch.zeros(len(given), *self.shapes[bank[0]], device=given.device)
                 mu, _ = net.encode(torch.stack([x.get(m, blank) for m in bank], 1))
                 z |= {m: mu[:, k] for k, m in enumerate(bank) if m in x}
-        index = {m: j for j, m in enumerate(self.modalities)}
-        return {m: (v - self.mean[index[m]]) / self.std[index[m]] for m, v in z.items()}
+        return {m: (z[m] - self.mean[j]) / self.std[j]
+                for j, m in enumerate(self.modalities) if m in z}
 
     def decode(self, z: Tensor, targets=None) -> dict[str, Tensor]:
         """Standardised Z [b m d] -> {m: image in [0, 1] or logits of attributes}."""
@@ -539,22 +538,20 @@ def score_loss(score, z: Tensor, sde: VPSDE, masked_share: float = 0.0, v_weight
 
 def ae_loss(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
     """Sum over modalities of the losses of independent VAEs or RAEs (sums over pixels)."""
-    def each(values):                                                      # one value, or one each
-        return dict(zip(model.modalities, values * (len(model.modalities) // len(values))))
-    beta, lam, noise = (each(v) for v in (args.vae_beta, args.rae_lambda, args.rae_sigma))
-    metrics = {}
+    metrics, names = {}, model.modalities
     for net, bank in zip(model.autoencoders, model.banks):
         image = torch.stack([x[m] for m in bank], 1)                       # [b g ...]
         mu, log_var = net.encode(image)
 
-        def weigh(values):
-            return torch.tensor([values[m] for m in bank], device=mu.device)
+        def each(values):                                                  # one value, or one each
+            return torch.tensor([values[names.index(m) % len(values)] for m in bank],
+                                device=mu.device)
         if log_var is None:
-            z = mu + weigh(noise)[:, None] * torch.randn_like(mu) if net.training else mu
-            penalty = weigh(lam) * mu.square().sum(-1)
+            z = mu + each(args.rae_sigma)[:, None] * torch.randn_like(mu) if net.training else mu
+            penalty = each(args.rae_lambda) * mu.square().sum(-1)
         else:
             z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)
-            penalty = -0.5 * weigh(beta) * (1 + log_var - mu**2 - log_var.exp()).sum(-1)
+            penalty = -0.5 * each(args.vae_beta) * (1 + log_var - mu**2 - log_var.exp()).sum(-1)
         out = net.decode(z)
         error = F.binary_cross_entropy_with_logits(out, image, reduction="none") \
             if image.ndim == 3 else (out - image).square()
@@ -653,11 +650,12 @@ def _predictor_corrector(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_e
                          corrector: str, repaint: int, jump: int, snr: float) -> Tensor:
     """Euler-Maruyama on the reverse SDE, then, unless snr is 0, a Langevin step at the new time
     (official: the old). RePaint (Lugmayr et al. 2022): each jump of steps is noised again and
-    repeated. Returns the last mean, without noise."""
+    repeated. Returns the last mean, without noise. Ours integrates beta(t) over a step exactly."""
     official = corrector == "official"
     grid = torch.linspace(1, t_end, n_steps + (not official), device=z.device)
     grid = torch.cat([grid, grid[-1:]]) if official else grid              # n_steps + 1 times
     disc = torch.linspace(sde.beta_min, sde.beta_max, n_steps, device=z.device) / n_steps
+    rate = sde.beta(grid) / n_steps if official else 2 * sde.alpha_sigma(grid)[0].log().diff()
     turns = [(start, turn) for start in range(0, n_steps, jump) for turn in range(repaint)]
     for start, turn in turns:
         end = min(start + jump, n_steps)
@@ -665,11 +663,10 @@ def _predictor_corrector(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_e
             ratio = sde.alpha_sigma(grid[start])[0] / sde.alpha_sigma(grid[end])[0]
             z = ratio * z + (1 - ratio**2).sqrt() * torch.randn_like(z)
         for i in range(start, end):
-            t, dt = grid[i], (1 / n_steps if official else grid[i] - grid[i + 1])
-            z, beta = impose(z, t), sde.beta(t)
-            mean = z + (0.5 * z + slope(z, t)) * beta * dt
-            z = mean + (beta * dt) ** 0.5 * torch.randn_like(z)
-            if snr:
+            t, z = grid[i], impose(z, grid[i])
+            mean = z + (0.5 * z + slope(z, t)) * rate[i]
+            z = mean + rate[i] ** 0.5 * torch.randn_like(z)
+            if snr and (official or i < n_steps - 1):
                 t = t if official else grid[i + 1]
                 z = z if official else impose(z, t)
                 s, xi = slope(z, t), torch.randn_like(z)
@@ -690,18 +687,15 @@ def _ode(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_end: float) -> Te
     ends = sde.alpha_sigma(torch.tensor([1.0, t_end], dtype=z.dtype, device=z.device))
     first, last = (ends[0] / ends[1]).log()
     grid = torch.linspace(0, 1, n_steps, dtype=z.dtype, device=z.device) * (last - first) + first
-    before = None
-    for i in range(n_steps):
-        t = sde.time(grid[i])
-        alpha, sigma = sde.alpha_sigma(t)
+    (alpha, sigma), before = sde.alpha_sigma(sde.time(grid)), None
+    for i, t in enumerate(sde.time(grid)):
         z = impose(z, t)
-        x = (z + sigma**2 * slope(z, t)) / alpha
+        x = (z + sigma[i]**2 * slope(z, t)) / alpha[i]
         if i == n_steps - 1:
             return x
-        h = grid[i + 1] - grid[i]
         ahead = x if before is None else x + 0.5 * (x - before)            # equal steps
-        alpha_next, sigma_next = sde.alpha_sigma(sde.time(grid[i + 1]))
-        z, before = sigma_next / sigma * z - alpha_next * torch.expm1(-h) * ahead, x
+        z, before = sigma[i + 1] / sigma[i] * z \
+            - alpha[i + 1] * torch.expm1(grid[i] - grid[i + 1]) * ahead, x
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -736,9 +730,8 @@ def encode_all(model: SBM, dataset: data.Dataset, args, device) -> data.Dataset:
 def train_stage(model: SBM, index: int, stage: tuple, sets: list[data.Dataset], args, run,
                 state: dict | None) -> None:
     """One stage, from its start or a checkpoint's state; keeps the best autoencoders, else the
-    last weights, or their average over time (EMA)."""
+    last weights, or their average over time (EMA; the validation loss is that of the weights)."""
     name, loss_fn, n_epochs, lr, part = stage
-    model.requires_grad_(False).eval()
     params = list(part.requires_grad_(True).train().parameters())
     opt = torch.optim.Adam(params, lr, fused=True)
     opt.register_step_pre_hook(lambda *_: common.average_gradients(params, run.world))
@@ -773,6 +766,8 @@ def train_stage(model: SBM, index: int, stage: tuple, sets: list[data.Dataset], 
                 run.progress(name, epoch, n_epochs, step, total, batch_size, **metrics)
             if step % per_epoch == 0 or step == total:
                 part.eval()
+                for buffer in part.buffers() if run.world > 1 else ():     # BatchNorm's statistics
+                    torch.distributed.broadcast(buffer, 0)
                 val = common.mean_over(lambda x: loss_fn(model, x, args), data.batches(
                     val_set, args.eval_batch, device=run.device), run.device)
                 part.train()
@@ -805,15 +800,13 @@ def train(model: SBM, train_set: data.Dataset, val_set: data.Dataset, args, run)
     state = run.load(args.checkpoint, free=INFERENCE_FLAGS) if args.resume else {"stage": 0}
     if args.resume:
         model.load_state_dict(state["model"])
+    model.requires_grad_(False).eval()
     latents = None
     for i in range(state["stage"], len(stages)):
         if i and latents is None:
-            model.requires_grad_(False).eval()
             latents = [encode_all(model, s, args, run.device) for s in (train_set, val_set)]
         resumed = state if i == state["stage"] and "opt" in state else None
         train_stage(model, i, stages[i], latents or [train_set, val_set], args, run, resumed)
-        for weight in model.state_dict().values() if run.world > 1 else ():
-            torch.distributed.broadcast(weight, 0)                         # BatchNorm's statistics
         if i == 0 and args.standardise != "none":
             z = encode_all(model, train_set, args, run.device).x["z"]
             std = z.std(0).clamp_min(1e-4)
@@ -825,8 +818,7 @@ def train(model: SBM, train_set: data.Dataset, val_set: data.Dataset, args, run)
 # ---- Evaluation ----------------------------------------------------------------------------------
 def draw(model: SBM, b: int, observed: dict[str, Tensor], args, device, **changes) -> Tensor:
     """Standardised latents Z [b m d] given latents {m: z [b d]}, as the flags or changes say."""
-    flags = {k: getattr(args, k) for k in ("sampler", "n_steps", "obs_noise", "corrector", "snr",
-                                           "repaint", "jump")}
+    flags = {k: getattr(args, k) for k in SAMPLER_FLAGS}
     given = {model.modalities.index(m): z for m, z in observed.items()}
     flags |= {"weight": args.guide_weight, "energy": model.energy} | changes
     conditional = args.cond_train == "masked" and flags["obs_noise"] == "clean"
@@ -844,8 +836,8 @@ def agreement(classes: Tensor) -> dict[str, float]:
             for k in range(2, classes.shape[1] + 1)}
 
 
-def measure_joint(model: SBM, z: Tensor, judges, args, real) -> dict[str, float]:
-    """Coherence and distances of joint samples, and precision and recall, from latents [n m d]."""
+def measure_joint(model: SBM, z: Tensor, judges, args, real, full: bool = True) -> dict[str, float]:
+    """Coherence and distances of joint samples, latents [n m d]; full: precision and recall too."""
     parts = iter(z.split(args.eval_batch))
     seen = {m: [] for m in judges}
 
@@ -859,19 +851,20 @@ def measure_joint(model: SBM, z: Tensor, judges, args, real) -> dict[str, float]
         metrics |= agreement(torch.stack([torch.cat([a.argmax(1) for a, _ in v])
                                           for v in seen.values()], 1))
         scores = [common.precision_recall(real.features[m], torch.cat([f for _, f in v]))
-                  for m, v in seen.items()]
-        metrics |= {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+                  for m, v in seen.items() if full]
+        metrics |= {k: sum(s[k] for s in scores) / len(scores) for k in [*scores, {}][0]}
         metrics["frechet_clf"] = sum(metrics[f"frechet_clf_{m}"] for m in judges) / len(judges)
     return metrics
 
 
-def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
-    """Coherence, distances, precision, recall, F1, sampler curve, guidance sweep; test split."""
+def evaluate(model: SBM, sets: dict[str, data.Dataset], test: data.Dataset, args, run) -> dict:
+    """Coherence, distances, precision, recall, F1, sampler curve; guidance sweep: see there."""
     run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, n = run.device, args.n_eval
-    judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    real = common.reference(test, train_set, judges, common.load_inception(args.data_dir, device))
+    judges = common.load_judges(sets["train"], test, run.judges, device, run.say)
+    inception = common.load_inception(args.data_dir, device)
+    real = common.reference(test, sets["train"], judges, inception, n)
     real.features = {m: torch.cat([judge(x[m])[1] for x in data.batches(
         test, args.eval_batch, device=device, names=[m])]) for m, judge in judges.items()}
     latents = encode_all(model, test, args, device).x["z"]
@@ -888,18 +881,15 @@ def evaluate(model: SBM, train_set: data.Dataset, test: data.Dataset, args, run)
         b = len(next(iter(x.values())))
         return model.decode(draw(model, b, model.encode(x), args, device, **changes), targets)
 
-    apart = torch.stack([latents[:, j].roll(j * (len(latents) // latents.shape[1] + 1), 0)
-                         for j in range(latents.shape[1])], 1)
-    metrics = {f"{k}_independent": v for k, v in measure_joint(
-        model, apart, judges, args, real).items() if not k.startswith("frechet_clf_")}
-    metrics |= {f"{k}_reconstructed": v for k, v in measure_joint(
-        model, latents, judges, args, real).items() if k.startswith(("coherence", "frechet_clf"))}
-    metrics |= measure_joint(model, joint(n), judges, args, real)
+    apart = torch.stack([z[torch.randperm(len(z), generator=torch.Generator().manual_seed(j))]
+                         for j, z in enumerate(latents.unbind(1))], 1)
+    metrics = {f"{k}{kind}": v for kind, z in (("_independent", apart), ("_reconstructed", latents),
+                                               ("", joint(n)))
+               for k, v in measure_joint(model, z, judges, args, real).items()}
     if judges:
         metrics |= measure_conditional(generate, test, judges, args, real)
-        metrics |= compare_samplers(model, joint, generate, test, judges, args, run, real)
-    if set(test.kinds.values()) != {"image"} or "mask" in test.modalities:
-        metrics |= f1_scores(sample, generate, test, args, device)
+        metrics |= compare_samplers(model, joint, generate, sets["val"], judges, args, run, real)
+    metrics |= f1_scores(sample, generate, test, args, device)             # of mask, attributes
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device, images))
     run.time_samples(sample)
     return metrics | real.metrics
@@ -912,54 +902,52 @@ def measure_conditional(generate, test: data.Dataset, judges, args, real) -> dic
 
     def record(x, targets):
         out = generate(x, targets)
-        for m in out.keys() & judges.keys():
+        for m in [m for m in out if m in judges]:
             seen.setdefault((len(x), m), []).append(judges[m](out[m])[1])
         return out
     metrics, by_size = common.coherence_cross(record, test, judges, args.eval_batch, real), {}
     for (k, m), features in seen.items():
-        features, stats = torch.cat(features), common.FeatureStats(features[0].shape[1])
+        features, stats = torch.cat(features), common.FeatureStats()
         stats.update(features[torch.linspace(0, len(features) - 1, len(test)).long()])
         by_size.setdefault(k, []).append(common.frechet_distance(
             *stats.mean_cov(), *real.stats["frechet_clf", m]))
     return metrics | {f"frechet_clf_cross_{k}": sum(d) / len(d) for k, d in by_size.items()}
 
 
-def compare_samplers(model: SBM, joint, generate, test: data.Dataset, judges, args, run,
+def compare_samplers(model: SBM, joint, generate, val: data.Dataset, judges, args, run,
                      real) -> dict[str, float]:
-    """Quality against network calls (--curve, in curves.png), and guidance (--guide_sweep)."""
-    metrics, test = {}, test.head(args.n_curve)
+    """Quality against network calls (--curve, in curves.png), and guidance weights to choose from
+    (--guide_sweep, on the validation split)."""
+    metrics, val = {}, val.head(args.n_curve)
     for calls in args.curve:
         for name, n_steps in (("ode", calls), ("pc", calls // 2)):
-            found = measure_joint(model, joint(args.n_curve, sampler=name, n_steps=n_steps), judges,
-                                  args, real)
+            z = joint(args.n_curve, sampler=name, n_steps=n_steps, repaint=1)
+            found = measure_joint(model, z, judges, args, real, full=False)
             found = {f"{k}_by_calls": found[k] for k in ("coherence_joint", "frechet_clf")}
             run.log(stage=name, split="curve", step=calls, **found)
             metrics |= {f"{k}_{name}_{calls}": v for k, v in found.items()}
     names = test.modalities
-    subsets = [(m,) for m in names] + [tuple(m for m in names if m != one) for one in names]
+    subsets = [s for k in sorted({1, len(names) - 1}) for s in combinations(names, k)]
     for w in args.guide_sweep:
-        found = common.coherence_cross(lambda x, targets: generate(x, targets, weight=w), test,
-                                       judges, args.eval_batch, None, list(dict.fromkeys(subsets)))
+        found = common.coherence_cross(lambda x, targets: generate(x, targets, weight=w), val,
+                                       judges, args.eval_batch, None, subsets)
         metrics |= {f"{k}_guided_{w:g}": v for k, v in found.items() if "cross_" in k}
     return metrics
 
 
 def f1_scores(sample, generate, test: data.Dataset, args, device) -> dict[str, float]:
     """f1_<observed>_to_<m> of attributes and mask, given nothing (none) and every proper subset."""
-    metrics, names = {}, test.modalities
-    for size in range(len(names)):
-        for subset in combinations(names, size):
-            targets = [m for m in ("mask", "attributes") if m in names and m not in subset]
-            found = {m: [] for m in targets}
-            for x in data.batches(test, args.eval_batch, device=device):
-                given = {m: x[m] for m in subset}
-                out = generate(given, targets) if given else sample(len(x[names[0]]), targets)
-                for m in targets:
-                    guess = out[m].sigmoid() if test.kinds[m] == "binary" else out[m]
-                    found[m].append((guess, x[m]))
-            metrics |= {f"f1_{'+'.join(subset) or 'none'}_to_{m}": common.f1_score(
-                *(torch.cat(v) for v in zip(*pairs))) for m, pairs in found.items()}
-    return metrics
+    found, names = {}, test.modalities
+    for subset in (s for size in range(len(names)) for s in combinations(names, size)):
+        targets = [m for m in ("mask", "attributes") if m in names and m not in subset]
+        for x in data.batches(test, args.eval_batch, device=device) if targets else ():
+            given = {m: x[m] for m in subset}
+            out = generate(given, targets) if given else sample(len(x[names[0]]), targets)
+            for m in targets:
+                guess = out[m].sigmoid() if test.kinds[m] == "binary" else out[m]
+                key = f"f1_{'+'.join(subset) or 'none'}_to_{m}"
+                found.setdefault(key, []).append((guess, x[m]))
+    return {k: common.f1_score(*map(torch.cat, zip(*pairs))) for k, pairs in found.items()}
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -973,6 +961,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                                  n_modalities=args.n_modalities).to(run.device)
                 for split, n in sizes.items()}
         for name in ("vae_beta", "rae_lambda", "rae_sigma"):
+            if args.dataset == "celebamask_hq":                            # the .npz: no attributes
+                setattr(args, name, getattr(args, name)[:len(sets["train"].shapes)])
             if len(getattr(args, name)) not in (1, len(sets["train"].shapes)):
                 raise common.RunError(f"--{name}: give one value, or one for each modality")
         try:
@@ -981,11 +971,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise common.RunError(error) from None
         run.start(model)
         if args.eval_only:
-            model.load_state_dict(run.load(args.checkpoint, free=INFERENCE_FLAGS)["model"])
+            model.load_state_dict(run.load(args.checkpoint, INFERENCE_FLAGS,
+                                           2 + (args.epochs_energy > 0))["model"])
         else:
             train(model, sets["train"], sets["val"], args, run)
         test = sets["test"].head(args.n_eval)
-        metrics = evaluate(model, sets["train"], test, args, run)
+        metrics = evaluate(model, sets, test, args, run)
         return run.finish(metrics, sets["train"].note, len(test))
 
 

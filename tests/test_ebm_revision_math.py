@@ -257,10 +257,10 @@ def test_text_state_round_trip_and_smoothing():
     assert torch.allclose(state.softmax(-1).amax(-1), torch.tensor(0.95 + 0.05 / 9))
 
 
-@pytest.mark.parametrize("more", [["--moe", "stratified", "--z_init", "q"],
+@pytest.mark.parametrize("more", [["--z_init", "stratified"],
                                   ["--net", "conv"], ["--nll", "mixture"], ["--rerun_chain"],
                                   ["--x_init", "noise", "--z_init", "noise"],
-                                  ["--moe", "stratified", "--nll", "mixture", "--z_init", "q"],
+                                  ["--z_init", "stratified", "--nll", "mixture"],
                                   ["--fusion", "additive", "--decoder_dist", "laplace"]])
 @pytest.mark.parametrize("shapes", [IMAGES, TEXT], ids=["images", "text"])
 def test_every_option_trains_every_net(more, shapes):

@@ -93,10 +93,14 @@ def test_text_and_images_end_to_end(paired, monkeypatch):
         n = 40 if split == "train" else 16
         x = {"image": torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8),
              "caption": torch.randint(11, (n, 32))}
-        return data.Dataset(x, None, {"image": "image", "caption": "text"}, name, split)
+        return data.Dataset(x, None, {"image": "image", "caption": "text"}, name, split,
+                            words=tuple("abcdefghijk"))
     monkeypatch.setattr(data, "load", load)
     ebm_revision.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *TINY])
-    assert (paired / "runs/ebm_revision/cub/0/result.json").exists()
+    folder = paired / "runs/ebm_revision/cub/0"
+    assert (folder / "result.json").exists()
+    captions = (folder / "captions.txt").read_text().splitlines()          # of 8 test images
+    assert [len(line.split()) for line in captions] == [32] * 8
 
 
 def test_killed_in_all_stages_and_resumed_equals_the_uninterrupted_run(paired):
@@ -144,22 +148,28 @@ def test_two_processes(paired):
     assert len(lines(paired / "runs/ebm_revision/paired/0")) == 4 * (100 * 9 // 10 // 32)
 
 
-def test_ablation_prints_every_variant(paired, capsys, monkeypatch):
-    monkeypatch.setattr(ebm_revision, "ABLATION", {k: ebm_revision.ABLATION[k] for k in
-                                                   ("both from noise", "staged", "k_x 0")})
-    table = ebm_revision.main(flags(paired, "--ablation", "--epochs", "2"))
+def test_ablation_prints_every_variant_and_goes_on_where_it_broke_off(paired, capsys, monkeypatch):
+    sys.path.insert(0, str(ROOT / "results"))
+    import ablation
+    monkeypatch.setattr(ablation, "VARIANTS", {k: ablation.VARIANTS[k] for k in
+                                               ("both from noise", "staged", "k_x 0")})
+    table = ablation.main(flags(paired, "--epochs", "2"))
     out = capsys.readouterr().out
-    assert all(f"\n{name}" in out for name in ebm_revision.ABLATION)
-    run = paired / "runs/ablation/staged/ebm_revision/paired/0"
+    assert all(f"\n{name}" in out for name in ablation.VARIANTS)
+    root = paired / "runs/ablation/paired"
+    run = root / "staged/ebm_revision/paired/0"
     (run / "result.json").unlink()                              # as if it had broken off there
-    again = ebm_revision.main(flags(paired, "--ablation", "--epochs", "2"))
-    out = capsys.readouterr().out
-    assert again == table and out.count("all metrics are in") == 1
-    assert (paired / "runs/ablation/0.json").exists()
+    assert ablation.main(flags(paired, "--epochs", "2")) == table
+    assert capsys.readouterr().out.count("all metrics are in") == 1
+    assert (run / "result.json").exists() and (root / "0.json").exists()
+    with pytest.raises(common.RunError, match="--epochs"):
+        ablation.main(flags(paired, "--epochs", "3"))
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--sigma", "0"], "--sigma"), (["--x_steps", "-1"], "--x_steps"), (["--moe", "all"], "--moe"),
+    (["--sigma", "0"], "--sigma"), (["--x_steps", "-1"], "--x_steps"),
+    (["--z_init", "all"], "--z_init"), (["--epochs", "5"], "--warmup"),
+    (["--staged", "--warmup", "0"], "--staged"),
     (["--lr_ebm", "nan"], "--lr_ebm"), (["--epoch", "3"], "--epoch"),
     (["--width", "0"], "--width")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):

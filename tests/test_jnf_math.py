@@ -261,15 +261,14 @@ def test_hmc_chains_do_not_interact():
     assert torch.equal(alone[0], among[0]) and not torch.equal(alone[1], among[1])
 
 
-def test_product_scale_is_the_gaussian_product_and_flags_improper_ones():
+def test_product_scale_is_the_gaussian_product_or_the_priors_if_improper():
     torch.manual_seed(0)
     sd = torch.tensor([[0.5, 0.8], [0.3, 0.9]])
     draws = torch.randn(2, 20_000, 3, 2) * sd[:, None, None]
-    scale, improper = jnf.product_scale(draws)
+    scale = jnf.product_scale(draws, 1)
     expected = ((1 / sd**2).sum(0) - 1).rsqrt()
-    assert torch.allclose(scale, expected.expand(3, 2), rtol=0.03) and improper == 0
-    scale, improper = jnf.product_scale(4 * torch.randn(3, 1000, 5, 2))
-    assert improper == 1 and (scale == 1).all()
+    assert torch.allclose(scale, expected.expand(3, 2), rtol=0.03)
+    assert (jnf.product_scale(4 * torch.randn(3, 1000, 5, 2), 2) == 1).all()
 
 
 def test_any_subset_is_sampled_and_flags_of_the_official_run_are_the_official_run():

@@ -435,8 +435,8 @@ def test_score_is_the_mean_log_joint_and_layers_above_k_stay(monkeypatch):
     assert (want[:, 0] != want[:, 1]).all()
     seen = []
     monkeypatch.setattr(jl, "log_target", lambda m, z, *_: seen.append(z) or z.sum(1))
-    args.ood_steps, args.ood, args.ood_samples = 0, "mnist", 2
-    jl.scores(model, dataset, args, "cpu", 1)
+    args.ood_steps = 0
+    jl.scores(model, dataset, args, "cpu", 1, 2)
     assert len(seen) == 2 and torch.allclose(seen[0][:, 4:], z[:, 4:], atol=1e-5)
     assert not torch.allclose(seen[0][:, :4], z[:, :4])
 
@@ -457,7 +457,8 @@ def test_anomaly_auprc_of_both_shares(monkeypatch):
         return data.Dataset({"m": torch.zeros(len(y), 1, 2, 2, dtype=torch.uint8)}, y,
                             {"m": "image"}, "m", "test")
     model = SimpleNamespace(requires_grad_=lambda _: None)
-    found = jl.anomaly_auprc(model, [made(y), made(held)], argparse.Namespace(held_out=3), "cpu")
+    found = jl.anomaly_auprc(model, [made(y), made(held)], argparse.Namespace(held_out=3, seed=0),
+                             torch.device("cpu"))
     assert asked == [8, 8]
     # ranks, most anomalous first: 1 normal, 2 out, 4 out, 5 .. 9 normal
     assert found[0] == pytest.approx((1 / 2 + 2 / 3) / 2)

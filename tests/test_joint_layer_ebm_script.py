@@ -135,6 +135,11 @@ def test_ood_scores_for_every_k_and_a_data_set_is_not_ood_of_itself(folder):
     assert itself["ood_auroc_l0"] == pytest.approx(0.5, abs=0.15)
 
 
+def test_without_energies_the_backbone_alone_is_trained_and_sampled(folder):
+    metrics = jl.main(flags(folder, "--scheme", "two_stage", "--f_hidden", "0", *VAE))
+    assert metrics["frechet_clf"] == metrics["frechet_clf_k0"] and metrics["energy_k"] == 0
+
+
 def test_same_seed_same_numbers_other_seed_others(folder):
     out = [jl.main(flags(folder, "--seed", seed, "--overwrite")) for seed in ("0", "0", "1")]
     assert out[0] == pytest.approx(out[1], rel=0, abs=0, nan_ok=True) and out[0] != out[2]
@@ -245,7 +250,8 @@ def test_two_processes_train_as_one_at_the_same_global_batch(folder):
     (["--lr_ebm", "nan"], "--lr_ebm"),
     (["--groups", "0", "0"], "--groups"), (["--prior_steps", "-1"], "--prior_steps"),
     (["--net", "cifar"], "--z_dims"), (["--ood", "letters"], "--ood"),
-    (["--scheme", "mcmc"], "--epochs_backbone"), (["--epoch", "3"], "--epoch"),
+    (["--scheme", "mcmc", "--epochs_backbone", "1"], "--epochs_backbone"),
+    (["--epoch", "3"], "--epoch"),
     (["--prior_step_size", "inf"], "--prior_step_size"), (["--held_out", "10"], "--held_out")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -276,3 +282,6 @@ def test_presets_flags_and_help():
             args = jl.parse_args(["--dataset", dataset, *scheme])
             assert args.net == "deep" if scheme else args.net in ("ladder", "mlp", *jl.STACKS)
     assert jl.parse_args(["--z_dims", "5"]).z_dims == [5]       # the flag wins over the preset
+    assert jl.parse_args(["--scheme", "mcmc"]).epochs_backbone == 0
+    plain = jl.parse_args(["--dataset", "mnist", "--f_hidden", "0"])
+    assert (plain.prior_steps, plain.epochs) == (0, 0) and plain.epochs_backbone > 0

@@ -198,6 +198,29 @@ def test_dreg_and_iwae_have_the_same_mean_gradient_and_dreg_less_noise(beta, k, 
         assert (draws["dreg"].var(0) < draws["iwae"].var(0)).float().mean() > 0.7
 
 
+def test_dreg_reports_the_bound_and_not_its_surrogate():
+    model, x, _ = build()
+    found = {}
+    for name in ("iwae", "dreg"):
+        torch.manual_seed(1)
+        args = options("--objective", name, "--k", "4", "--beta", "2")
+        found[name] = lep.objective(model, x, args, True)["bound_nats"].item()
+    assert found["dreg"] == pytest.approx(found["iwae"], rel=1e-12)
+
+
+def test_f_on_all_latents_reaches_w_in_its_own_experts_term_only(monkeypatch):
+    model, x, args = build("--ebm_on", "u")
+    seen = []
+    monkeypatch.setattr(lep, "log_prior", lambda model, z, w_all, args, use_ebm: seen.append(
+        w_all) or lep.log_base(z, args))
+    lep.objective(model, x, args, True)
+    for n, name in enumerate(model.modalities):
+        bias = [p for p in model.encoders[name]["w"].parameters()][-1]
+        for m in range(3):
+            (grad,) = torch.autograd.grad(seen[0][n, m].sum(), bias, retain_graph=True)
+            assert (grad.abs().sum() > 0) == (n == m)
+
+
 def test_looser_iwae_and_dreg_against_quadrature():
     mu, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True)
                  for v in ([0.2, 1.4], [0.7, 0.4]))
@@ -456,6 +479,17 @@ def test_mcmc_step_trains_the_ebm_on_the_ends_of_the_chains(monkeypatch):
     monkeypatch.setattr(lep, "ebm_step", lambda model, z_pos, *_: seen.append(z_pos) or {})
     lep.train_step(model, x, optimisers(model, args), args)
     assert torch.equal(seen[0], v[:, :3])
+
+
+@pytest.mark.parametrize("ebm_on", ["z", "u"])
+def test_the_last_stage_of_mcmc_inference_takes_the_ends_of_chains_under_f(ebm_on, monkeypatch):
+    model, x, args = build("--inference", "mcmc", "--ebm_on", ebm_on)
+    ends, asked, given = torch.randn(5, 9, dtype=torch.float64), [], []
+    monkeypatch.setattr(lep, "sample_posterior", lambda *a: asked.append(a[3:]) or ends)
+    monkeypatch.setattr(lep, "ebm_step", lambda model, z_pos, *_: given.append(z_pos) or {})
+    lep.chain_step(model, x, optimisers(model, args), args)
+    assert asked == [(3, True)]
+    assert torch.equal(given[0], ends if ebm_on == "u" else ends[:, :3])
 
 
 def test_divergence_is_named():

@@ -32,7 +32,7 @@ def test_frechet_of_any_covariances_agrees_with_sqrtm(rank):
 
 def test_feature_stats_of_batches_do_not_cancel():
     x = 1e6 + np.random.default_rng(0).normal(size=(500, 3)) * [1, 2, 3]
-    stats = common.FeatureStats(3)
+    stats = common.FeatureStats()
     for part in np.split(x, [1, 7, 300]):
         stats.update(torch.tensor(part))
     mu, cov = stats.mean_cov()

@@ -172,13 +172,23 @@ def test_the_ode_sampler_is_of_second_order_and_needs_n_steps_calls():
     assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3.3 and errors[2] < 0.02
 
 
-@pytest.mark.parametrize("sampler, n_steps, calls", [("pc", 20, 40), ("em", 20, 20),
+@pytest.mark.parametrize("sampler, n_steps, calls", [("pc", 20, 39), ("em", 20, 20),
                                                      ("ode", 20, 20)])
 def test_calls_of_the_network(sampler, n_steps, calls):
     count = []
     sample(lambda z, t: count.append(0) or -z, (2, M, D), sde=SDE, sampler=sampler,
            n_steps=n_steps)
     assert len(count) == calls
+
+
+def test_predictor_corrector_leaves_no_noise_on_a_point():
+    """The exact score of one point; with beta(t) dt for its integral, or a corrector after the last
+    predictor, 25 steps end 0.26 or 0.14 away."""
+    def score(z, t):
+        alpha, sigma = SDE.alpha_sigma(t[..., None])
+        return -(z - 2 * alpha) / sigma**2
+    z = sample(score, (2000, M, D), sde=SDE, sampler="pc", n_steps=25)
+    assert (z - 2).square().mean().sqrt() < 0.02
 
 
 OBSERVED = MEAN[:D] + torch.tensor([1.5, -1.0])
@@ -450,8 +460,10 @@ def test_rae_loss_has_noise_in_training_only_and_a_penalty():
 
 
 def test_latents_are_standardised_going_in_and_restored_going_out():
-    model, _ = model_of({"a": (1, 8, 8), "b": (3, 8, 8)})
-    x = {"a": torch.rand(5, 1, 8, 8), "b": torch.rand(5, 3, 8, 8)}
+    shapes = {"a": (1, 8, 8), "b": (3, 8, 8), "c": (1, 8, 8)}              # two nets for three
+    model, _ = model_of(shapes)
+    x = {m: torch.rand(5, *shape) for m, shape in shapes.items()}
+    assert list(model.encode(x)) == list(model.decode(torch.randn(5, 3, 4))) == list("abc")
     raw = torch.stack(list(model.encode(x).values()), 1)
     out = model.decode(raw)
     model.mean.uniform_(-1, 1)
