@@ -48,18 +48,17 @@ import data
 
 # ---- Config --------------------------------------------------------------------------------------
 # The authors' values where known, else ours: README, JNF in detail.
-SYNTH = dict(epochs_shared=5, epochs_joint=10, epochs_flow=7, lr=2e-3, lr_warmup=500)
 POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30, n_leapfrog=25)
 PRESETS = {
-    "synth_mnist_svhn": SYNTH,
-    "synth_polymnist": dict(SYNTH, z_dim=32, net="conv", rescale=False, n_leapfrog=25),
-    "mnist_svhn": dict(pairings=5, epochs_shared=150),
-    "polymnist": POLY,
+    "synth_mnist_svhn": dict(epochs_shared=5, epochs_joint=10, epochs_flow=7, lr=2e-3,
+                             lr_warmup=500),
+    "synth_polymnist": dict(epochs_shared=5, epochs_joint=15, epochs_flow=10, z_dim=32, net="conv",
+                            rescale=False, n_leapfrog=25),
+    "mnist_svhn": dict(pairings=5, epochs_shared=150), "polymnist": POLY, "paired": {},
     "translated_polymnist": dict(POLY, z_dim=200, std="softplus", plateau=0, flow_hidden=256,
                                  epochs_shared=80, epochs_joint=150, epochs_flow=150),
     "shapes": dict(z_dim=2, decoder_dist="normal", decoder_scale=1.0, beta=1.0, epochs_joint=15,
-                   epochs_flow=15),
-    "paired": {}}
+                   epochs_flow=15)}
 TWO_LAYERS = dict(common_dim=64, shared_layers=2)
 SHARED = {"translated_polymnist": TWO_LAYERS,                              # on top of PRESETS
           "polymnist": dict(TWO_LAYERS, batch_size=64, epochs_joint=200, epochs_flow=200)}
