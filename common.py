@@ -210,7 +210,7 @@ def _inception() -> nn.Module:
     def forward(x: Tensor) -> Tensor:
         x = x.float().mul(255).round().clamp(0, 255) / 255      # as in an 8-bit file
         x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear")
-        return Inception3.forward(net, 2 * x - 1)
+        return torch.cat([Inception3.forward(net, 2 * part - 1) for part in x.split(100)])
     net.forward = forward
     return net.eval().requires_grad_(False)
 

@@ -149,7 +149,7 @@ def batches(dataset: Dataset, batch_size: int, generator: torch.Generator | None
     n_batches = math.ceil(n / batch_size)
     if generator is not None:
         dataset = redraw(dataset, generator)
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator).to(next(iter(dataset.x.values())).device)
         n_batches = max(1, n // batch_size)
     for i in range(start, n_batches):
         index = slice(i * batch_size + rank, min((i + 1) * batch_size, n), world)

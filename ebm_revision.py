@@ -437,7 +437,7 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             opts[name].step()
         metrics[f"loss_{key}"] = loss.detach()
 
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=args.amp):
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         if phase == "warmup":
             step("warmup", loss_warmup(model, state, args), "gen", "enc")
             return metrics

@@ -289,7 +289,7 @@ class JNF(nn.Module):
 # scalars, means over the batch: what is minimised is "loss", the others are detached.
 def log_normal(z: Tensor, mu: Tensor | float = 0.0, log_var: Tensor | float = 0.0) -> Tensor:
     """log N(z; mu, diag exp(log_var)), constants kept: [b d] -> [b]."""
-    log_var = torch.as_tensor(log_var, dtype=z.dtype, device=z.device)
+    log_var = log_var if isinstance(log_var, Tensor) else z.new_full((), log_var)
     return -0.5 * ((z - mu) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi)).sum(-1)
 
 
@@ -372,7 +372,8 @@ def contrastive_loss(codes: list[Tensor], tau: float) -> Tensor:
         rows = torch.cat([a, b])                                           # [2b f]
         with torch.autocast(a.device.type, enabled=False):
             logits = (rows @ rows.T / tau).fill_diagonal_(-torch.inf)
-        loss = loss + F.cross_entropy(logits, torch.arange(len(rows)).roll(len(a)).to(a.device))
+        target = torch.arange(len(rows), device=a.device).roll(len(a))
+        loss = loss + F.cross_entropy(logits, target)
     return loss
 
 
@@ -381,7 +382,7 @@ def dcca_loss(codes: list[Tensor], ridge: float = 1e-3, eps: float = 1e-9) -> Te
     b > f, over all pairs: roots of the eigenvalues of T'T + ridge I, T = S11^-1/2 S12 S22^-1/2,
     with the same ridge on S11 and S22; float64."""
     codes = [c.double() - c.double().mean(0) for c in codes]
-    eye = torch.eye(codes[0].shape[1]).to(codes[0])
+    eye = torch.eye(codes[0].shape[1], dtype=torch.float64, device=codes[0].device)
 
     def whitener(c: Tensor) -> Tensor:                                     # [b f] -> S^-1/2 [f f]
         val, vec = torch.linalg.eigh(c.T @ c / (len(c) - 1) + ridge * eye)

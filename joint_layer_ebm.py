@@ -440,7 +440,7 @@ class JointEBM(nn.Module):
 # Log-densities are [b], in nats, summed over features; losses are means over the batch.
 def log_normal(z: Tensor, mu: Tensor | float = 0.0, log_std: Tensor | float = 0.0) -> Tensor:
     """log N(z; mu, diag exp(log_std)^2), constants kept: [b d] -> [b]."""
-    log_std = torch.as_tensor(log_std, dtype=z.dtype, device=z.device)
+    log_std = log_std if isinstance(log_std, Tensor) else z.new_full((), log_std)
     return (-0.5 * ((z - mu) * (-log_std).exp())**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
 
 

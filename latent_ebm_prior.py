@@ -290,7 +290,7 @@ class MMVAEPlus(nn.Module):
 # Log-densities are summed over features, in nats, constants kept.
 def log_laplace(z: Tensor, mu: Tensor | float, scale: Tensor | float) -> Tensor:
     """log Laplace(z; mu, scale), [... d] -> [...]."""
-    scale = torch.as_tensor(scale, dtype=z.dtype, device=z.device)
+    scale = scale if isinstance(scale, Tensor) else z.new_full((), scale)
     return (-(z - mu).abs() / scale - (2 * scale).log()).sum(-1)
 
 
@@ -771,7 +771,7 @@ def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str,
         return log_base(z, args) + log_laplace(w, 0.0, 1.0) + model.ebm(u)
 
     chains = torch.stack(trace)                                            # [n c d]
-    energy = -torch.stack([log_prob(u) for u in chains])                   # [n c]
+    energy = -log_prob(chains.flatten(0, 1)).unflatten(0, chains.shape[:2])          # [n c]
     rate = metropolis_rate(log_prob, lambda u: prior_gradient(model, u, args), z_long,
                            args.prior_step_size)
     report = common.chain_report(chains[n_steps // 2:].cpu(), run.dir / "diagnostics.png", rate,

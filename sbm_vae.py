@@ -515,7 +515,7 @@ def random_times(b: int, sde: VPSDE, kind: str, device) -> Tensor:
     u = torch.rand(b, 1, device=device)
     if kind == "uniform":
         return 1e-5 + (1 - 1e-5) * u
-    alpha, sigma = sde.alpha_sigma(torch.tensor([1e-5, 1.0], device=device))
+    alpha, sigma = sde.alpha_sigma(torch.linspace(1e-5, 1.0, 2, device=device))
     first, last = torch.atan2(sigma, alpha)
     return sde.time(-torch.lerp(first, last, u).tan().log())
 
@@ -544,8 +544,8 @@ def ae_loss(model: SBM, x: dict[str, Tensor], args) -> dict[str, Tensor]:
         mu, log_var = net.encode(image)
 
         def each(values):                                                  # one value, or one each
-            return torch.tensor([values[names.index(m) % len(values)] for m in bank],
-                                device=mu.device)
+            return torch.tensor([values[names.index(m) % len(values)] for m in bank]).to(
+                mu.device, non_blocking=True)
         if log_var is None:
             z = mu + each(args.rae_sigma)[:, None] * torch.randn_like(mu) if net.training else mu
             penalty = each(args.rae_lambda) * mu.square().sum(-1)
@@ -655,6 +655,7 @@ def _predictor_corrector(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_e
     grid = torch.linspace(1, t_end, n_steps + (not official), device=z.device)
     grid = torch.cat([grid, grid[-1:]]) if official else grid              # n_steps + 1 times
     disc = torch.linspace(sde.beta_min, sde.beta_max, n_steps, device=z.device) / n_steps
+    disc = disc[(grid * (n_steps - 1)).long()] if official else disc       # of each step
     rate = sde.beta(grid) / n_steps if official else 2 * sde.alpha_sigma(grid)[0].log().diff()
     turns = [(start, turn) for start in range(0, n_steps, jump) for turn in range(repaint)]
     for start, turn in turns:
@@ -672,7 +673,7 @@ def _predictor_corrector(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_e
                 s, xi = slope(z, t), torch.randn_like(z)
                 if official:                                               # norms meaned over b
                     norm = xi.norm(dim=(1, 2)).mean() / s.norm(dim=(1, 2)).mean()
-                    a = 1 - disc[(t * (n_steps - 1)).long()]
+                    a = 1 - disc[i]
                 else:                                                      # |xi| / |s|, about
                     norm, a = sde.alpha_sigma(t)[1], 1.0
                 step = 2 * a * (snr * norm) ** 2
@@ -926,7 +927,7 @@ def compare_samplers(model: SBM, joint, generate, val: data.Dataset, judges, arg
             found = {f"{k}_by_calls": found[k] for k in ("coherence_joint", "frechet_clf")}
             run.log(stage=name, split="curve", step=calls, **found)
             metrics |= {f"{k}_{name}_{calls}": v for k, v in found.items()}
-    names = test.modalities
+    names = val.modalities
     subsets = [s for k in sorted({1, len(names) - 1}) for s in combinations(names, k)]
     for w in args.guide_sweep:
         found = common.coherence_cross(lambda x, targets: generate(x, targets, weight=w), val,

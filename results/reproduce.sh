@@ -78,11 +78,11 @@ ebm_revision synth_mnist_svhn mixed 1 --epochs 21 --mixed 1 --x_steps_test 60
 jnf synth_mnist_svhn default 2
 jnf synth_mnist_svhn gaussian 1 --flow_blocks 0
 jnf synth_mnist_svhn gaussian 2 --flow_blocks 0
-joint_layer_ebm synth_svhn default 1
-joint_layer_ebm synth_svhn default 2
 sbm_vae synth_mnist_svhn default 2
 latent_ebm_prior synth_mnist_svhn default 2
 ebm_revision synth_mnist_svhn default 2
+joint_layer_ebm synth_svhn default 1
+joint_layer_ebm synth_svhn default 2
 ROWS
 }
 
