@@ -696,7 +696,9 @@ def ood_metrics(model: JointEBM, test: data.Dataset, out: data.Dataset, args,
 
 def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float]:
     """frechet_clf (and fid) of the same chains after 0, 10, .., 100 steps, and --prior_steps."""
-    z, done, metrics, pictures = model.prior.sample(args.n_eval, run.device), 0, {}, {}
+    z = torch.cat([model.prior.sample(min(args.eval_batch, args.n_eval - i), run.device)
+                   for i in range(0, args.n_eval, args.eval_batch)])
+    done, metrics, pictures = 0, {}, {}
     for k in sorted({0, 10, 20, 40, 60, 100, args.prior_steps}):
         z, done = torch.cat([chain(model, part, k - done, args.prior_step_size, args)
                              for part in z.split(args.eval_batch)]), k
