@@ -1,12 +1,13 @@
 """ebm_revision.py's variants: which of its chains, starts and losses earn their place?
 
-    python results/ablation.py [--seed 0] [other flags of ebm_revision.py]
+    python results/ablation.py [--variants full additive ..] [flags of ebm_revision.py]
 
 Trains and evaluates each variant with the other flags as given, prints a table, and writes it to
 <out_dir>/ablation/<dataset>/<seed>.json. Called again it reads the finished variants and resumes
 the one that broke off. `revised` and `initial` start at the generator, `noise` at noise: a variant
 whose chains were trained from noise is to be judged by the last.
 """
+import argparse
 import json
 import math
 import sys
@@ -30,10 +31,13 @@ KEYS = [f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", 
 
 def main(argv: list[str]) -> dict[str, dict[str, float]]:
     """{variant: {metric: value}}; RunError if a finished variant had other flags."""
+    p = argparse.ArgumentParser("ablation.py", allow_abbrev=False, add_help=False)
+    p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    chosen, argv = p.parse_known_args(argv)
     args = ebm_revision.parse_args(argv)
     root, table = Path(args.out_dir) / "ablation" / args.dataset, {}
     argv = [*(a for a in argv if a != "--resume"), "--judges", args.judges or str(root / "judges")]
-    for name, flags in VARIANTS.items():
+    for name, flags in ((name, VARIANTS[name]) for name in chosen.variants):
         own = [*argv, *flags, "--out_dir", str(root / name.replace(" ", "_"))]
         run = Path(own[-1]) / "ebm_revision" / args.dataset / str(args.seed)
         again = (run / "checkpoint.pt").exists() and not args.overwrite

@@ -163,7 +163,7 @@ def test_ablation_prints_every_variant_and_goes_on_where_it_broke_off(paired, ca
     assert capsys.readouterr().out.count("all metrics are in") == 1
     assert (run / "result.json").exists() and (root / "0.json").exists()
     with pytest.raises(common.RunError, match="--epochs"):
-        ablation.main(flags(paired, "--epochs", "3"))
+        ablation.main(flags(paired, "--epochs", "3", "--variants", "staged"))
 
 
 @pytest.mark.parametrize("arguments, words", [
