@@ -36,6 +36,7 @@ jnf shapes default 0
 sbm_vae synth_polymnist obs-noise-fresh 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fresh --curve
 sbm_vae synth_polymnist obs-noise-fixed 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
 sbm_vae synth_polymnist obs-noise-official 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
+sbm_vae synth_polymnist samplers 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt
 sbm_vae polymnist small 0 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 45 --width 192 --lr_score 1e-3 --n_eval 2000
 sbm_vae polymnist10 2-modalities 0 --n_modalities 2 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
 sbm_vae polymnist10 4-modalities 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000

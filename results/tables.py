@@ -142,9 +142,10 @@ def draw_scaling(path: Path) -> None:
         right.plot([m for m in found if found[m]],
                    [(found[m][f"frechet_clf_m0{key}"] + found[m][f"frechet_clf_m1{key}"]) / 2
                     for m in found if found[m]], "o-", label=name)
-    right.set(xlabel="M", ylabel="Fréchet distance (judge), m0 and m1", ylim=(0, None))
+    right.set(xlabel="M", ylabel="Fréchet (judge), m0 and m1", ylim=(0, None))
     for axes in (left, right):
         axes.legend(fontsize=7)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path)
 
 
