@@ -355,6 +355,17 @@ def test_variational_step_gradients(monkeypatch):
     assert same(model.energies, grads_of(energy, model.energies))
 
 
+def test_free_bits_and_the_kl_weight_are_for_the_vae_alone():
+    args = settings("--net", "ladder", "--scheme", "variational")
+    model, x = jl.JointEBM((1, 12, 12), args), 2 * torch.rand(6, 1, 12, 12) - 1
+    for tilted in (True, False):
+        found = []
+        for args.free_bits, weight in ((0.0, 1.0), (100.0, 0.1)):
+            torch.manual_seed(1)
+            found.append(jl.vae_loss(model, x, args, weight, tilted)[0].item())
+        assert (found[0] == found[1]) == tilted
+
+
 def test_backbone_stage_trains_no_energy_and_energy_stage_nothing_else(monkeypatch):
     model, *_ = one_step("two_stage", "backbone", monkeypatch)
     assert all(p.grad is None for p in model.energies.parameters())
