@@ -573,7 +573,7 @@ def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.
 
 
 def peek(parser: argparse.ArgumentParser, argv: list[str] | None, flag: str, default=None):
-    """The value a flag will have: for presets, which are set before the full parse."""
+    """A flag's value before the full parse, for presets; not given: default, or the parser's."""
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = parser.get_default(flag) if default is None else default
     pre.add_argument(f"--{flag}", nargs="?", default=default)

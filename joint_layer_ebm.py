@@ -118,10 +118,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--ood_samples", type=one, default=4, help="of z for an image and a k")
     flag("--ood_steps", type=count, default=0, help="Langevin steps on the layers up to k")
     flag("--long_steps", type=common.number(int, 40), default=2500, help="of diagnostic chains")
-    dataset, scheme = common.peek(p, argv, "dataset"), common.peek(p, argv, "scheme")
-    deep = DEEP | TWO_STAGE.get(dataset, {}) if scheme == "two_stage" else {}
-    given = common.peek(p, argv, "scheme", "") == "mcmc"
-    p.set_defaults(**PRESETS.get(dataset, {}) | deep | (dict(epochs_backbone=0) if given else {}))
+    dataset, asked = common.peek(p, argv, "dataset"), common.peek(p, argv, "scheme", "")
+    more = {"two_stage": DEEP | TWO_STAGE.get(dataset, {}), "mcmc": dict(epochs_backbone=0)}
+    p.set_defaults(**PRESETS.get(dataset, {}) | more.get(asked, {}))
     args = p.parse_args(argv)
     if not any(args.f_hidden):                                             # nothing to climb
         args.prior_steps, args.epochs = 0, 0 if args.scheme == "two_stage" else args.epochs
@@ -631,7 +630,8 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
                     break
                 run.log(stage=stage, step=step, epoch=epoch, split="train", **metrics)
                 run.progress(stage, epoch, n_epochs, step, total, args.batch_size, **metrics)
-            if last and step > first and epoch >= n_epochs - args.last_epochs and tests[1:]:
+            late = step > first and epoch >= n_epochs - args.last_epochs
+            if last and late and args.held_out >= 0:
                 auprc.append(anomaly_auprc(model, tests, args, run.device))
                 run.log(step=step, epoch=epoch, split="test", **dict(zip(AUPRC, auprc[-1])))
             if due or step == first:

@@ -66,8 +66,12 @@ PRESETS = {
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
                        epochs_vae=30),
     "paired": dict(net="mlp")}
-TEST_FLAGS = ("cross_steps", "prior_sweep", "gmm")                         # not for training
-CHAIN_FLAGS = ("post_steps", "post_step_size", "post_init", "temper")      # nor, if amortised
+
+
+def free_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """Flags that may differ from the training's; amortised training runs no posterior chain."""
+    chain = ("post_steps", "post_step_size", "post_init", "temper")
+    return "cross_steps", "prior_sweep", "gmm", *(chain if args.inference == "amortised" else ())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -658,8 +662,7 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
 
 def train(model: MMVAEPlus, train_set: data.Dataset, args, run) -> None:
     """Both stages in turn; --resume goes on where the checkpoint stands."""
-    free = TEST_FLAGS + CHAIN_FLAGS * (args.inference == "amortised")
-    state = run.load(args.checkpoint, free) if args.resume else {"stage": 0}
+    state = run.load(args.checkpoint, free_flags(args)) if args.resume else {"stage": 0}
     if args.resume:
         model.load_state_dict(state["model"])
     stages = [args.epochs_vae, args.epochs_ebm if args.prior == "ebm" else 0]
@@ -816,8 +819,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise common.RunError(error) from None
         run.start(model)
         if args.eval_only:
-            free = TEST_FLAGS + CHAIN_FLAGS * (args.inference == "amortised")
-            model.load_state_dict(run.load(args.checkpoint, free, 2)["model"])
+            model.load_state_dict(run.load(args.checkpoint, free_flags(args), 2)["model"])
         else:
             train(model, sets["train"], args, run)
         test = sets["test"].head(args.n_eval)

@@ -688,8 +688,9 @@ def _ode(slope, impose, z: Tensor, sde: VPSDE, n_steps: int, t_end: float) -> Te
     ends = sde.alpha_sigma(torch.tensor([1.0, t_end], dtype=z.dtype, device=z.device))
     first, last = (ends[0] / ends[1]).log()
     grid = torch.linspace(0, 1, n_steps, dtype=z.dtype, device=z.device) * (last - first) + first
-    (alpha, sigma), before = sde.alpha_sigma(sde.time(grid)), None
-    for i, t in enumerate(sde.time(grid)):
+    times, before = sde.time(grid), None
+    alpha, sigma = sde.alpha_sigma(times)
+    for i, t in enumerate(times):
         z = impose(z, t)
         x = (z + sigma[i]**2 * slope(z, t)) / alpha[i]
         if i == n_steps - 1:
@@ -851,10 +852,11 @@ def measure_joint(model: SBM, z: Tensor, judges, args, real, full: bool = True) 
     if judges:
         metrics |= agreement(torch.stack([torch.cat([a.argmax(1) for a, _ in v])
                                           for v in seen.values()], 1))
-        scores = [common.precision_recall(real.features[m], torch.cat([f for _, f in v]))
-                  for m, v in seen.items() if full]
-        metrics |= {k: sum(s[k] for s in scores) / len(scores) for k in [*scores, {}][0]}
         metrics["frechet_clf"] = sum(metrics[f"frechet_clf_{m}"] for m in judges) / len(judges)
+    if judges and full:
+        scores = [common.precision_recall(real.features[m], torch.cat([f for _, f in v]))
+                  for m, v in seen.items()]
+        metrics |= {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
     return metrics
 
 

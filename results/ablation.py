@@ -37,8 +37,8 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
     args = ebm_revision.parse_args(argv)
     root, table = Path(args.out_dir) / "ablation" / args.dataset, {}
     argv = [*(a for a in argv if a != "--resume"), "--judges", args.judges or str(root / "judges")]
-    for name, flags in ((name, VARIANTS[name]) for name in chosen.variants):
-        own = [*argv, *flags, "--out_dir", str(root / name.replace(" ", "_"))]
+    for name in chosen.variants:
+        own = [*argv, *VARIANTS[name], "--out_dir", str(root / name.replace(" ", "_"))]
         run = Path(own[-1]) / "ebm_revision" / args.dataset / str(args.seed)
         again = (run / "checkpoint.pt").exists() and not args.overwrite
         if again and (run / "result.json").exists():
