@@ -25,6 +25,7 @@ VARIANTS = {
     **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
     "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
     "additive": ["--fusion", "additive"], "mixture NLL": ["--nll", "mixture"]}
+FREE = set(common.RUN_FLAGS) - {"amp", "n_test", "n_eval"}      # change no number of the table
 KEYS = [f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", "cross_1",
                                        "cross_1_initial")]
 
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
         again = (run / "checkpoint.pt").exists() and not args.overwrite
         if again and (run / "result.json").exists():
             kept, new = json.loads((run / "config.json").read_text()), ebm_revision.parse_args(own)
-            other = [flag for flag, value in vars(new).items() if kept.get(flag) != value and flag
-                     not in ("resume", "overwrite", "device", "log_every", "ckpt_minutes")]
+            other = [flag for flag, value in vars(new).items()
+                     if kept.get(flag) != value and flag not in FREE]
             if other:
                 raise common.RunError(f"{run} had another --{other[0]}: give --overwrite, or "
                                       "another --out_dir")

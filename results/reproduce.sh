@@ -70,6 +70,7 @@ joint_layer_ebm mnist two-stage 0 --scheme two_stage --width 16 --group_dim 2 --
 joint_layer_ebm cifar10 ood-svhn 0 --scheme two_stage --net ladder --z_dims 64 32 32 --width 16 --batch_size 100 --prior_hidden 64 --prior_layers 2 --f_hidden 100 --prior_steps 10 --prior_step_size 0.02 --lr_ebm 1e-3 --max_gap 1e5 --kl_warmup 0 --free_bits 0 --epochs_backbone 6 --epochs 3 --ood svhn --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist ood-synth-mnist 0 --held_out 4 --n_eval 2000 --long_steps 500 --eval_only --checkpoint runs/results/held-out-4/joint_layer_ebm/mnist/0/checkpoint.pt --ood synth_mnist
 jnf mnist_svhn 3000-steps-warmup 1 --max_steps 3000 --lr 2e-3 --lr_warmup 500
+jnf mnist_svhn 3000-steps-warmup 2 --max_steps 3000 --lr 2e-3 --lr_warmup 500
 jnf mnist_svhn 3000-steps 1 --max_steps 3000
 jnf synth_mnist_svhn default 1
 sbm_vae synth_mnist_svhn default 1
