@@ -54,11 +54,11 @@ import data
 # single-layer predecessor, sizes from memory; the rest is ours (README: what the presets are).
 SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[200], f_layers=[2],
              prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=3e-4, epochs_backbone=5, epochs=2,
-             width=24)
+             width=24, decay=True)
 DIGITS = SYNTH | dict(z_dims=[16, 12, 8], epochs_backbone=15, epochs=15)
 ANOMALY = SYNTH | dict(scheme="two_stage", net="mlp", width=256, z_dims=[1, 1, 6], prior_hidden=64,
                        f_hidden=[32, 32, 200], prior_steps=10, prior_step_size=0.02, max_gap=1e5,
-                       batch_size=200, lr_ebm=2e-3, epochs_backbone=35, epochs=12)
+                       batch_size=200, lr_ebm=2e-3, epochs_backbone=35, epochs=12, decay=False)
 PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": ANOMALY, "fashion_mnist": DIGITS,
            "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
            "celeba": dict(net="celeba", z_dims=[100, 100])}
@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch_size", type=one, default=100, help="over all processes")
     flag("--lr", type=positive, default=1e-4, help="Adam: generator, prior, encoder")
     flag("--lr_ebm", type=positive, default=2e-5, help="Adam: energies")
+    flag("--decay", action=argparse.BooleanOptionalAction, default=False,
+         help="the energies' stage: both rates fall linearly to 0")
     flag("--kl_warmup", type=count, default=0, help="backbone: steps until the KL has weight 1")
     flag("--free_bits", type=common.number(float, 0), default=0.0, help="backbone: nats a layer")
     flag("--max_gap", type=positive, default=500.0, help="|mean f(z+) - mean f(z-)|: roll back")
@@ -604,7 +606,6 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
         model.load_state_dict(state["model"])
         for opt, kept in zip(opts, state["opts"]):
             opt.load_state_dict(kept)
-        opts[1].param_groups[0]["lr"] = args.lr_ebm / 2**run.rollbacks
         return state["step"], state["auprc"]
     if args.resume:
         step, auprc = restore(run.load(args.checkpoint, free=EVAL_FLAGS))
@@ -617,6 +618,9 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
                               run.rank, run.world, [m]):
             stage = "backbone" if step < first else main_stage
+            fall = (total - step) / later if args.decay and step >= first else 1.0
+            for opt, lr in zip(opts, (args.lr, args.lr_ebm / 2**run.rollbacks)):
+                opt.param_groups[0]["lr"] = lr * fall
             step += 1
             kl_weight = min(1.0, step / max(args.kl_warmup, 1))
             metrics = train_step(model, x[m], stage, *opts, args, kl_weight)

@@ -208,7 +208,7 @@ def test_diverged_chains_roll_back_with_half_the_rate_and_stop_after_three(folde
     monkeypatch.setattr(jl, "train_step", poisoned)
     bad = {8}
     metrics = jl.main(flags(folder, "--scheme", "variational", "--epochs_backbone", "1",
-                            "--lr_ebm", "0.01"))
+                            "--lr_ebm", "0.01", "--no-decay"))
     events = [row for row in lines(run_dir(folder)) if row.get("event") == "rollback"]
     assert len(events) == 1 and events[0]["count"] == 1 and "diverged" in events[0]["reason"]
     assert rates[7] == 0.01 and rates[8] == 0.005               # half, from the checkpoint on
@@ -218,6 +218,18 @@ def test_diverged_chains_roll_back_with_half_the_rate_and_stop_after_three(folde
     with pytest.raises(FloatingPointError, match="diverged"):
         jl.main(flags(folder, "--scheme", "variational", "--epochs_backbone", "1", "--overwrite"))
     assert len([r for r in lines(run_dir(folder)) if r.get("event") == "rollback"]) == 3
+
+
+def test_rates_fall_linearly_once_the_energies_learn(folder, monkeypatch):
+    step, rates = jl.train_step, []
+
+    def recorded(model, x, stage, opt, opt_ebm, *rest):
+        rates.append([o.param_groups[0]["lr"] for o in (opt, opt_ebm)])
+        return step(model, x, stage, opt, opt_ebm, *rest)
+    monkeypatch.setattr(jl, "train_step", recorded)
+    jl.main(flags(folder, "--epochs_backbone", "1", "--lr", "0.01", "--lr_ebm", "0.02", "--decay"))
+    fall = [1.0] * 5 + [1 - i / 10 for i in range(10)]          # 5 backbone steps, then 10
+    assert rates == [[pytest.approx(0.01 * f), pytest.approx(0.02 * f)] for f in fall]
 
 
 def test_too_large_a_gap_counts_as_divergence(folder):
