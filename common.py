@@ -810,7 +810,8 @@ class Run(ExitStack):
         it together; the caller loads the state and lowers a learning rate."""
         self.rollbacks, path = self.rollbacks + 1, self.dir / "checkpoint.pt"
         if self.rollbacks > 3 or not path.exists():
-            raise FloatingPointError(f"{reason}, after {self.rollbacks - 1} rollbacks; cut --lr_ebm")
+            raise FloatingPointError(f"{reason}, after {self.rollbacks - 1} rollbacks: give a "
+                                     "smaller --lr_ebm")
         self.log(event="rollback", reason=reason, count=self.rollbacks)
         self.say(f"{reason}: back to the last checkpoint, time {self.rollbacks} of 3")
         torch.manual_seed(self.args.seed + 10**6 * self.rollbacks + self.rank)
