@@ -381,7 +381,7 @@ def ess(x):
     return n_draws / tau.clamp_min(1 / math.log10(n_draws))
 
 
-def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None) -> dict:
+def chain_report(chains: Tensor, path, accept_rate=None, energy: Tensor | None = None) -> dict:
     """Metrics of chains [n c d], c chains a coordinate, and their picture at path.
 
     r_hat, r_hat_95: median and 95 % quantile over coordinates; ess_per_step: mean, a share of the
@@ -389,8 +389,9 @@ def chain_report(chains: Tensor, path, accept_rate, energy: Tensor | None = None
     chains = chains.detach().cpu()
     r_hat, rho = split_r_hat(chains), autocorrelation(chains).nanmean(1)
     size = ess(chains) / math.prod(chains.shape[:2])
-    lines = {"autocorrelation by lag, mean": rho[:len(rho) // 2],
-             f"first coordinate by step, accept rate {float(accept_rate):.2f}": chains[:, :, 0]}
+    title = "first coordinate by step"
+    title += "" if accept_rate is None else f", accept rate {float(accept_rate):.2f}"
+    lines = {"autocorrelation by lag, mean": rho[:len(rho) // 2], title: chains[:, :, 0]}
     if energy is not None:
         lines["energy by step"] = energy.detach().cpu()
     panels = [("split R-hat", lambda axes: axes.hist(r_hat[r_hat.isfinite()].numpy(), 40))]

@@ -627,7 +627,7 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
                                       zip(start.items(), row.split(sizes, 1))}) for row in flat])
     chosen = torch.linspace(0, sum(sizes) - 1, 64).long().to(flat.device)
     chains = rearrange(flat[:, :, chosen].cpu(), "n (b c) d -> n c (b d)", c=4)
-    return metrics | common.chain_report(chains, run.dir / "diagnostics.png", 1.0, energy.cpu())
+    return metrics | common.chain_report(chains, run.dir / "diagnostics.png", energy=energy)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

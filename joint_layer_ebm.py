@@ -749,8 +749,7 @@ def diagnose_chains(model: JointEBM, args, run, n: int = 64, every: int = 5) -> 
         energy.append(-model.energies(z).sum(1).cpu())                                   # [c]
         path.append(model.prior.to_eps(z)[:, shown].cpu())                               # [c d]
     energy, eps = torch.stack(energy), torch.stack(path)
-    report = common.chain_report(eps[len(path) // 5:], run.dir / "diagnostics.png", math.nan,
-                                 energy)
+    report = common.chain_report(eps[len(path) // 5:], run.dir / "diagnostics.png", energy=energy)
     at = {"start": 0, "k": min(round(args.prior_steps / every), len(path) - 1), "end": -1}
     return {"r_hat": report["r_hat"], "r_hat_95": report["r_hat_95"],
             "ess_per_step": report["ess_per_step"] / every,
