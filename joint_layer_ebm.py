@@ -34,7 +34,7 @@ Deviations from the authors' public code
   D3 log sigma_i is bounded by a tanh (theirs is not: at sigma 0.01 a chain on z explodes)
   D4 p0(z_L) has standard deviation 1 (theirs 1.01)
   D5 two_stage takes steps of 0.1: a sampler (theirs 0.006, mnist's here 0.02: a gradient flow)
-  D6 variational, too, may begin with the VAE alone (--epochs_backbone); diverged runs roll back
+  D6 a VAE may come first (--epochs_backbone), rates may fall (--decay); diverged runs roll back
 """
 import argparse
 import math
