@@ -37,8 +37,8 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
      the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
   D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
      prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. Training's z chains start from
-     q*, too; from the mixture (--z_init random), as all do at test, they have to be longer, or the
-     experts drift to the prior. Wide sigma, so that q* fills the prior; Adam with momentum
+     q*, too; from the mixture (--z_init random), as all do at test, they have to be longer:
+     at 5 steps training collapsed. Wide sigma, so that q* fills the prior; Adam with momentum
   D6 --mixed: last epochs for the EBM alone, half its chains from data tuples with shuffled
      modalities; without, it tells real from generated pictures, but not matched from mixed tuples
 """

@@ -618,9 +618,9 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
         for x in data.batches(train_set, args.batch_size, order, run.device, step % per_epoch,
                               run.rank, run.world, [m]):
             stage = "backbone" if step < first else main_stage
-            fall = (total - step) / later if args.decay and step >= first else 1.0
+            share = (total - step) / later if args.decay and step >= first else 1.0
             for opt, lr in zip(opts, (args.lr, args.lr_ebm / 2**run.rollbacks)):
-                opt.param_groups[0]["lr"] = lr * fall
+                opt.param_groups[0]["lr"] = share * lr
             step += 1
             kl_weight = min(1.0, step / max(args.kl_warmup, 1))
             metrics = train_step(model, x[m], stage, *opts, args, kl_weight)

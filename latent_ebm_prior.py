@@ -777,8 +777,8 @@ def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str,
     energy = -log_prob(chains.flatten(0, 1)).unflatten(0, chains.shape[:2])          # [n c]
     rate = metropolis_rate(log_prob, lambda u: prior_gradient(model, u, args), z_long,
                            args.prior_step_size)
-    report = common.chain_report(chains[n_steps // 2:].cpu(), run.dir / "diagnostics.png", rate,
-                                 energy[:, :8].cpu())
+    report = common.chain_report(chains[n_steps // 2:], run.dir / "diagnostics.png", rate,
+                                 energy[:, :8])
     f_pos, f_neg, f_long = (model.ebm(u).mean() for u in (z_pos, z_neg, z_long))
     return report | {
         "f_pos": f_pos, "f_neg": f_neg, "f_long": f_long, "gap": f_pos - f_neg,

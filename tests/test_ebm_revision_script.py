@@ -164,6 +164,8 @@ def test_ablation_prints_every_variant_and_goes_on_where_it_broke_off(paired, ca
     assert (run / "result.json").exists() and (root / "0.json").exists()
     with pytest.raises(common.RunError, match="--epochs"):
         ablation.main(flags(paired, "--epochs", "3", "--variants", "staged"))
+    with pytest.raises(common.RunError, match="--eval_batch"):
+        ablation.main(flags(paired, "--epochs", "2", "--eval_batch", "7", "--variants", "staged"))
 
 
 @pytest.mark.parametrize("arguments, words", [
