@@ -304,17 +304,17 @@ def coherence_cross(generate, test, judges, batch_size: int = 500, reference=Non
     """Share of test items of which a generated modality is judged to have the item's label.
 
     generate(x_observed {m: images}, targets [names]) -> {target: images}, one sample an item.
-    Observed: `subsets`, else all non-empty proper ones, or of more than max_subsets a fixed random
-    choice, as many of each size. Keys: coherence_<a+b>_to_<target>, coherence_cross_<k> (mean over
-    subsets of size k and targets), coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
+    Observed: `subsets`, else all non-empty proper ones, or, if more than max_subsets, windows of a
+    random cycle: all are targets equally often. Keys: coherence_<a+b>_to_<target>, its means over k
+    observed coherence_cross_<k>, coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
     if not (judges or reference and reference.extract):
         return {}                                               # nobody to look at the samples
     if subsets is None:
-        sizes = [list(combinations(test.modalities, k)) for k in range(1, len(test.modalities))]
-        if sum(map(len, sizes)) > max_subsets:
-            draw, share = random.Random(seed).sample, max(1, max_subsets // len(sizes))
-            sizes = [draw(size, min(share, len(size))) for size in sizes]
-        subsets = sum(sizes, [])
+        names, draw, subsets = test.modalities, random.Random(seed), []
+        for k in range(1, len(names)):
+            cycle = 2 * draw.sample(names, len(names))
+            windows = (sorted(cycle[i:i + k], key=names.index) for i in range(len(names)))
+            subsets += windows if 2 ** len(names) - 2 > max_subsets else combinations(names, k)
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
     for subset in subsets:
         targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]
