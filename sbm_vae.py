@@ -838,8 +838,8 @@ def agreement(classes: Tensor) -> dict[str, float]:
             for k in range(2, classes.shape[1] + 1)}
 
 
-def measure_joint(model: SBM, z: Tensor, judges, args, real, full: bool = True) -> dict[str, float]:
-    """Coherence and distances of joint samples, latents [n m d]; full: precision and recall too."""
+def measure_joint(model: SBM, z: Tensor, judges, args, real) -> dict[str, float]:
+    """Coherence, distances, precision and recall of joint samples, latents [n m d]."""
     parts = iter(z.split(args.eval_batch))
     seen = {m: [] for m in judges}
 
@@ -853,7 +853,6 @@ def measure_joint(model: SBM, z: Tensor, judges, args, real, full: bool = True) 
         metrics |= agreement(torch.stack([torch.cat([a.argmax(1) for a, _ in v])
                                           for v in seen.values()], 1))
         metrics["frechet_clf"] = sum(metrics[f"frechet_clf_{m}"] for m in judges) / len(judges)
-    if judges and full:
         scores = [common.precision_recall(real.features[m], torch.cat([f for _, f in v]))
                   for m, v in seen.items()]
         metrics |= {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
@@ -925,8 +924,9 @@ def compare_samplers(model: SBM, joint, generate, val: data.Dataset, judges, arg
     for calls in args.curve:
         for name, n_steps in (("ode", calls), ("pc", calls // 2)):
             z = joint(args.n_curve, sampler=name, n_steps=n_steps, repaint=1)
-            found = measure_joint(model, z, judges, args, real, full=False)
-            found = {f"{k}_by_calls": found[k] for k in ("coherence_joint", "frechet_clf")}
+            found = measure_joint(model, z, judges, args, real)
+            found = {f"{k}_by_calls": found[k] for k in ("coherence_joint", "frechet_clf",
+                                                         "precision", "recall")}
             run.log(stage=name, split="curve", step=calls, **found)
             metrics |= {f"{k}_{name}_{calls}": v for k, v in found.items()}
     names = val.modalities

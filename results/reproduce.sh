@@ -36,11 +36,18 @@ jnf shapes default 0
 sbm_vae synth_polymnist obs-noise-fresh 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fresh --curve
 sbm_vae synth_polymnist obs-noise-fixed 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
 sbm_vae synth_polymnist obs-noise-official 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
-sbm_vae synth_polymnist samplers 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt
+sbm_vae synth_polymnist samplers 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --n_curve 2000
 sbm_vae polymnist small 0 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 45 --width 192 --lr_score 1e-3 --n_eval 2000
 sbm_vae polymnist10 2-modalities 0 --n_modalities 2 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
 sbm_vae polymnist10 4-modalities 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
 sbm_vae polymnist10 8-modalities 0 --n_modalities 8 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
+sbm_vae polymnist10 10-modalities 0 --n_modalities 10 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000
+sbm_vae polymnist10 4-modalities-official 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000 --eval_only --checkpoint runs/results/4-modalities/sbm_vae/polymnist10/0/checkpoint.pt --obs_noise official --curve
+sbm_vae polymnist10 4-modalities-fresh 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000 --eval_only --checkpoint runs/results/4-modalities/sbm_vae/polymnist10/0/checkpoint.pt --obs_noise fresh --curve
+sbm_vae polymnist10 4-modalities-unmasked 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000 --cond_train none --obs_noise fresh --epochs_energy 20 --guide_sweep 0 1 3 10 30 --curve
+sbm_vae polymnist10 4-modalities-unmasked-official 0 --n_modalities 4 --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000 --cond_train none --epochs_energy 20 --eval_only --checkpoint runs/results/4-modalities-unmasked/sbm_vae/polymnist10/0/checkpoint.pt --obs_noise official --curve
+sbm_vae polymnist10 4-modalities-paper 0 --n_modalities 4 --preset paper --score_net mlp --schedule cosine --n_train 30000 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 50 --width 192 --lr_score 1e-3 --n_eval 2000 --curve
+sbm_vae celebamask_hq small 0 --ae_net patch --z_dim 64 --batch_ae 25 --lr_ae 1e-3 --epochs_ae 300 --batch_size 128 --lr_score 1e-3 --epochs_score 3000 --width 192
 sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
 ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
@@ -77,6 +84,7 @@ jnf mnist_svhn 3000-steps-warmup 2 --max_steps 3000 --lr 2e-3 --lr_warmup 500
 jnf mnist_svhn 3000-steps 1 --max_steps 3000
 jnf synth_mnist_svhn default 1
 sbm_vae synth_mnist_svhn default 1
+sbm_vae synth_polymnist default 1
 latent_ebm_prior synth_mnist_svhn default 1
 ebm_revision synth_mnist_svhn default 1
 ebm_revision synth_mnist_svhn mixed 1 --epochs 21 --mixed 1 --x_steps_test 60
@@ -84,6 +92,7 @@ jnf synth_mnist_svhn default 2
 jnf synth_mnist_svhn gaussian 1 --flow_blocks 0
 jnf synth_mnist_svhn gaussian 2 --flow_blocks 0
 sbm_vae synth_mnist_svhn default 2
+sbm_vae synth_polymnist default 2
 latent_ebm_prior synth_mnist_svhn default 2
 ebm_revision synth_mnist_svhn default 2
 joint_layer_ebm synth_svhn default 1

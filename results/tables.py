@@ -127,23 +127,25 @@ def draw_comparison(datasets: list[str], path: Path) -> None:
 
 
 def draw_scaling(path: Path) -> None:
-    """SBM-VAE with 2, 4, 8 of PolyMNIST's modalities: coherence given k of them, all at once, of
-    reconstructions; and the judge's distance of the two that all runs have."""
+    """SBM-VAE with 2, 4, 8, 10 of PolyMNIST's modalities: coherence and judge's distance given k of
+    them; distance of joint samples and reconstructions of the two modalities that all runs have."""
     from matplotlib.figure import Figure
-    found = {m: of_run(f"{m}-modalities", "polymnist10", "sbm_vae") for m in (2, 4, 8)}
-    figure = Figure((8.4, 3), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, (m, metrics) in enumerate((m, v) for m, v in found.items() if v):
-        sizes = range(1, m)
-        left.plot(sizes, [metrics[f"coherence_cross_{k}"] for k in sizes], "o-", color=f"C{i}",
-                  label=f"M = {m}")
+    found = {m: of_run(f"{m}-modalities", "polymnist10", "sbm_vae") for m in (2, 4, 8, 10)}
+    found = {m: metrics for m, metrics in found.items() if metrics}
+    figure = Figure((11, 3), dpi=120, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for axes, key in ((left, "coherence_cross"), (middle, "frechet_clf_cross")):
+        for i, (m, metrics) in enumerate(found.items()):
+            sizes = range(1, m)
+            axes.plot(sizes, [metrics[f"{key}_{k}"] for k in sizes], "o-", color=f"C{i}",
+                      label=f"M = {m}")
     left.set(xlabel="observed modalities", ylabel="coherence of the others")
+    middle.set(xlabel="observed modalities", ylabel="Fréchet (judge) of the others", ylim=(0, None))
     for key, name in (("", "drawn jointly"), ("_reconstructed", "reconstructed")):
-        right.plot([m for m in found if found[m]],
-                   [(found[m][f"frechet_clf_m0{key}"] + found[m][f"frechet_clf_m1{key}"]) / 2
-                    for m in found if found[m]], "o-", label=name)
+        right.plot(list(found), [(metrics[f"frechet_clf_m0{key}"] + metrics[f"frechet_clf_m1{key}"])
+                                 / 2 for metrics in found.values()], "o-", label=name)
     right.set(xlabel="M", ylabel="Fréchet (judge), m0 and m1", ylim=(0, None))
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.legend(fontsize=7)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path)
