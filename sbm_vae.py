@@ -631,8 +631,8 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
         s = score(z, times)
         if energy is not None and weight:
             alpha, sigma = sde.alpha_sigma(t)
-            noised = torch.where(row, alpha * z_obs + sigma * kept, z) if conditional else z
-            s = s + weight * guidance(energy, noised, t, known)
+            noised = alpha * z_obs + sigma * torch.randn_like(z) if conditional else z
+            s = s + weight * guidance(energy, torch.where(row, noised, z), t, known)
         return torch.where(row & conditional, 0.0, s)
 
     z = torch.randn(shape, device=device)
