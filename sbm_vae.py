@@ -630,9 +630,9 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
         times = torch.where(known & conditional, 0.0, t).expand(shape[:2])
         s = score(z, times)
         if energy is not None and weight:
-            alpha, sigma = sde.alpha_sigma(t)
-            noised = alpha * z_obs + sigma * torch.randn_like(z) if conditional else z
-            s = s + weight * guidance(energy, torch.where(row, noised, z), t, known)
+            alpha, _ = sde.alpha_sigma(t)
+            mean = torch.where(row & conditional, alpha * z_obs, z)        # noise would mislead
+            s = s + weight * guidance(energy, mean, t, known)
         return torch.where(row & conditional, 0.0, s)
 
     z = torch.randn(shape, device=device)

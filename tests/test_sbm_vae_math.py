@@ -355,6 +355,20 @@ def test_weight_zero_is_no_guidance_and_another_weight_adds_to_the_score(sampler
     assert not torch.allclose(run(energy=exact_energy, weight=0.5)[:, 1:], plain[:, 1:])
 
 
+@pytest.mark.parametrize("sampler", ["pc", "ode"])
+def test_guidance_of_a_masked_net_sees_the_mean_of_the_noised_observed_latents(sampler):
+    """Not a draw: one noise for all steps adds up, and new noise in each weakens the guidance."""
+    z_obs, seen = torch.randn(5, D), []
+
+    def energy(z_i, z_j, i, j, t):
+        alpha, _ = SDE.alpha_sigma(t)
+        seen.append((z_i - alpha[:, None] * z_obs.repeat_interleave(2, 0)).abs().max())
+        return (z_i * z_j).sum(1)
+    sample(exact_conditional, (5, M, D), {0: z_obs}, sde=SDE, sampler=sampler, n_steps=8,
+           conditional=True, obs_noise="clean", energy=energy, weight=0.1)
+    assert len(seen) >= 8 and max(seen) < 1e-6
+
+
 # ---- Networks ------------------------------------------------------------------------------------
 def arguments(*flags):
     return sbm_vae.parse_args([*flags])
