@@ -67,6 +67,16 @@ def test_classes_joint_tells_collapse_from_coherence(n_classes):
     assert metrics == {"coherence_joint": 1.0, "classes_joint": pytest.approx(n_classes, rel=1e-4)}
 
 
+def test_a_judge_looks_once_at_the_same_images_and_anew_at_others():
+    judge, calls, x = common.Judge((1, 12, 12), 10).eval(), [], torch.rand(4, 1, 12, 12)
+    judge.body.register_forward_hook(lambda *_: calls.append(1))
+    logits, features = judge(x)
+    assert judge(x)[0] is logits and judge(x)[1] is features and len(calls) == 1
+    assert torch.equal(judge(x.clone())[0], logits) and len(calls) == 2
+    judge.train()
+    assert not torch.equal(judge(x)[0], judge(x)[0]) and len(calls) == 4         # dropout
+
+
 def test_cross_coherence_over_all_subsets_by_hand():
     calls = []
 
