@@ -133,13 +133,14 @@ class Judge(nn.Module):
             layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(4), nn.Flatten(), nn.Dropout(0.2),
                                   nn.Linear(96 * 16, 128), nn.ReLU())
-        self.head, self.accuracy, self.seen = nn.Linear(128, n_classes), math.nan, (None, None)
+        self.head, self.accuracy, self.seen = nn.Linear(128, n_classes), math.nan, None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.training or x is not self.seen[0]:              # many ask about the same images
-            features = self.body(x)
-            self.seen = x, (self.head(features), features)
-        return self.seen[1]
+        keep, last = not (self.training or torch.is_grad_enabled()), self.seen
+        if not keep or not last or last[0] is not x or last[1] != x._version:   # many ask the same
+            last = x, x._version, (self.head(features := self.body(x)), features)
+            self.seen = last if keep else None
+        return last[2]
 
 
 def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> None:
@@ -300,22 +301,21 @@ def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, refe
     return joint | _distances(stats, reference)
 
 
-def coherence_cross(generate, test, judges, batch_size: int = 500, reference=None, subsets=None,
-                    max_subsets: int = 31, seed: int = 0) -> dict[str, float]:
+def coherence_cross(generate, test, judges, batch_size=500, reference=None, subsets=None) -> dict:
     """Share of test items of which a generated modality is judged to have the item's label.
 
     generate(x_observed {m: images}, targets [names]) -> {target: images}, one sample an item.
-    Observed: `subsets`, else all non-empty proper ones, or, if more than max_subsets, windows of a
-    random cycle: all are targets equally often. Keys: coherence_<a+b>_to_<target>, its means over k
-    observed coherence_cross_<k>, coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
+    Observed: `subsets`, else all non-empty proper ones, or, of M > 5 modalities, M of each size in
+    a random cycle: each is as often a target. Keys: coherence_<a+b>_to_<target>, their means given
+    k coherence_cross_<k>, coherence_subsets; with a reference frechet_clf_<a>_to_<t>."""
     if not (judges or reference and reference.extract):
         return {}                                               # nobody to look at the samples
     if subsets is None:
-        names, draw, subsets = test.modalities, random.Random(seed), []
+        names, draw, subsets = test.modalities, random.Random(0), []
         for k in range(1, len(names)):
             cycle = 2 * draw.sample(names, len(names))
             windows = (sorted(cycle[i:i + k], key=names.index) for i in range(len(names)))
-            subsets += windows if 2 ** len(names) - 2 > max_subsets else combinations(names, k)
+            subsets += windows if len(names) > 5 else combinations(names, k)
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
     for subset in subsets:
         targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]

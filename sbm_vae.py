@@ -31,7 +31,7 @@ Deviations from the authors' public code (--preset paper undoes those marked *)
   D2* masked training and clean observed latents; official: observed z_o enter as (alpha+sigma) z_o
   D3* corrector steps of fixed size: no sample depends on its batch; official: batch-mean norms
   D4* the ODE sampler; predictor steps end at t_end (theirs overshoot), corrector at the new time
-  D5  w is for each sample, all observed i for every missing j (theirs: one pair, w / batch size)
+  D5  w is for each sample, all observed i (of a masked net: alpha z_i); theirs: one pair, w / batch
   D6  energy: a pair is drawn for each sample, not one for a batch; (*) a dot product of features
   D7  autoencoders share one learning-rate schedule and the epoch with the best summed loss
   D8  all latents are encoded once, so that mnist_svhn's pairs are drawn once
@@ -898,14 +898,14 @@ def evaluate(model: SBM, sets: dict[str, data.Dataset], test: data.Dataset, args
 
 
 def measure_conditional(generate, test: data.Dataset, judges, args, real) -> dict[str, float]:
-    """coherence_*, and frechet_clf_cross_<k>: mean over targets given k modalities, all subsets of
-    size k together, as many samples for every k as there are test items."""
+    """coherence_*, and frechet_clf_cross_<k>: mean over targets, given k; as many samples each."""
     seen = {}
 
     def record(x, targets):
-        out = generate(x, targets)
+        out, step = generate(x, targets), len(test.modalities) - len(x)    # subsets per target
         for m in [m for m in out if m in judges]:
-            seen.setdefault((len(x), m), []).append(judges[m](out[m])[1])
+            kept = seen.setdefault((len(x), m), [])
+            kept.append(judges[m](out[m])[1][len(kept) % step::step])
         return out
     metrics, by_size = common.coherence_cross(record, test, judges, args.eval_batch, real), {}
     for (k, m), features in seen.items():

@@ -68,13 +68,17 @@ def test_classes_joint_tells_collapse_from_coherence(n_classes):
 
 
 def test_a_judge_looks_once_at_the_same_images_and_anew_at_others():
-    judge, calls, x = common.Judge((1, 12, 12), 10).eval(), [], torch.rand(4, 1, 12, 12)
+    judge, calls, x = common.Judge((1, 12, 12), 10), [], torch.rand(4, 1, 12, 12)
     judge.body.register_forward_hook(lambda *_: calls.append(1))
-    logits, features = judge(x)
-    assert judge(x)[0] is logits and judge(x)[1] is features and len(calls) == 1
-    assert torch.equal(judge(x.clone())[0], logits) and len(calls) == 2
-    judge.train()
-    assert not torch.equal(judge(x)[0], judge(x)[0]) and len(calls) == 4         # dropout
+    dropped, _ = judge(x)                               # training, with a graph: never kept
+    with torch.no_grad():
+        logits, features = judge.eval()(x)
+        assert not torch.equal(logits, dropped) and len(calls) == 2
+        assert judge(x)[0] is logits and judge(x)[1] is features and len(calls) == 2
+        assert torch.equal(judge(x.clone())[0], logits) and len(calls) == 3
+        x.mul_(0.5)                                     # the same tensor, other images
+        assert not torch.equal(judge(x)[0], logits) and len(calls) == 4
+    assert judge(x)[0].requires_grad and len(calls) == 5
 
 
 def test_cross_coherence_over_all_subsets_by_hand():

@@ -355,18 +355,22 @@ def test_weight_zero_is_no_guidance_and_another_weight_adds_to_the_score(sampler
     assert not torch.allclose(run(energy=exact_energy, weight=0.5)[:, 1:], plain[:, 1:])
 
 
+@pytest.mark.parametrize("conditional, obs_noise", [(True, "clean"), (False, "official")])
 @pytest.mark.parametrize("sampler", ["pc", "ode"])
-def test_guidance_of_a_masked_net_sees_the_mean_of_the_noised_observed_latents(sampler):
-    """Not a draw: one noise for all steps adds up, and new noise in each weakens the guidance."""
+def test_what_guidance_sees_of_the_observed_latents(sampler, conditional, obs_noise):
+    """A masked net: the mean of the noised ones, no draw of noise, which would add up over steps;
+    else what was imposed, (alpha + sigma) z if official."""
     z_obs, seen = torch.randn(5, D), []
 
     def energy(z_i, z_j, i, j, t):
-        alpha, _ = SDE.alpha_sigma(t)
-        seen.append((z_i - alpha[:, None] * z_obs.repeat_interleave(2, 0)).abs().max())
+        alpha, sigma = (v[:, None] for v in SDE.alpha_sigma(t))
+        factor = alpha if conditional else alpha + sigma
+        seen.append((z_i - factor * z_obs.repeat_interleave(2, 0)).abs().max())
         return (z_i * z_j).sum(1)
-    sample(exact_conditional, (5, M, D), {0: z_obs}, sde=SDE, sampler=sampler, n_steps=8,
-           conditional=True, obs_noise="clean", energy=energy, weight=0.1)
-    assert len(seen) >= 8 and max(seen) < 1e-6
+    sample(exact_conditional if conditional else exact, (5, M, D), {0: z_obs}, sde=SDE,
+           sampler=sampler, n_steps=8, conditional=conditional, obs_noise=obs_noise, energy=energy,
+           weight=0.1)
+    assert len(seen) >= 8 and max(seen) < 1e-5
 
 
 # ---- Networks ------------------------------------------------------------------------------------
