@@ -65,6 +65,7 @@ sbm_vae synth_polymnist unmasked 0 --cond_train none --obs_noise fresh --epochs_
 sbm_vae synth_polymnist unmasked-fixed 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
 sbm_vae synth_polymnist unmasked-official 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
 sbm_vae synth_polymnist unmasked-guided 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fresh --guide_weight 10 --guide_sweep 30 100 --curve
+sbm_vae synth_polymnist masked-guided 0 --epochs_energy 10 --guide_weight 10 --guide_sweep 0 1 3 10 30 --curve
 jnf mnist_svhn 3000-steps 0 --max_steps 3000
 jnf mnist_svhn contrastive-3000-steps 0 --max_steps 3000 --shared contrastive
 jnf mnist_svhn 3000-steps-warmup 0 --max_steps 3000 --lr 2e-3 --lr_warmup 500
