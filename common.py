@@ -597,8 +597,10 @@ def mean_over(metrics, batches, device: torch.device, seed: int = 0) -> dict[str
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch on every device; cuDNN keeps to reproducible algorithms."""
+    """Seed python, numpy and torch on every device; cuDNN keeps to reproducible algorithms. Numbers
+    below 1e-38, Adam's moments of dead units, count as 0: a CPU takes twice the time for them."""
     random.seed(seed)
+    torch.set_flush_denormal(True)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

@@ -145,6 +145,13 @@ def train(run, n_steps, stop_after=None):
     run.finish({"loss": loss.detach(), "r_hat": float("nan")}, "note", n=4, epochs=1)
 
 
+def test_denormal_numbers_count_as_zero():
+    torch.set_flush_denormal(False)
+    assert (torch.tensor([1e-38]) * 0.1).item() > 0
+    common.seed_everything(0)
+    assert (torch.tensor([1e-38]) * 0.1).item() == 0
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(open_run, tmp_path, capsys):
     logs = []
     for out_dir, stop_after in ((tmp_path / "a", None), (tmp_path / "b", 5)):
