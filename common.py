@@ -137,7 +137,7 @@ class Judge(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keep, last = not (self.training or torch.is_grad_enabled()), self.seen
-        if not keep or not last or last[0] is not x or last[1] != x._version:   # many ask the same
+        if not keep or not last or last[0] is not x or last[1] != x._version:   # not seen just now
             last = x, x._version, (self.head(features := self.body(x)), features)
             self.seen = last if keep else None
         return last[2]
@@ -598,7 +598,7 @@ def mean_over(metrics, batches, device: torch.device, seed: int = 0) -> dict[str
 
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch on every device; cuDNN keeps to reproducible algorithms. Numbers
-    below 1e-38, Adam's moments of dead units, count as 0: a CPU takes twice the time for them."""
+    below 1e-38, as Adam's moments of dead units become, count as 0: a CPU is slow with them."""
     random.seed(seed)
     torch.set_flush_denormal(True)
     np.random.seed(seed % 2**32)

@@ -902,7 +902,7 @@ def measure_conditional(generate, test: data.Dataset, judges, args, real) -> dic
     seen = {}
 
     def record(x, targets):
-        out, step = generate(x, targets), len(test.modalities) - len(x)    # subsets per target
+        out, step = generate(x, targets), len(test.modalities) - len(x)    # about n are kept
         for m in [m for m in out if m in judges]:
             kept = seen.setdefault((len(x), m), [])
             kept.append(judges[m](out[m])[1][len(kept) % step::step])

@@ -118,6 +118,15 @@ def numbers(tree):
             yield float(v)
 
 
+def test_no_data_and_no_large_file_is_in_the_repository():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    for path in map(ROOT.joinpath, done.stdout.splitlines()):
+        if path.exists():
+            assert path.suffix not in {".npz", ".pt", ".gz"} and path.stat().st_size < 2**20, path
+
+
 def test_no_path_of_one_machine():
     for path in [ROOT / "README.md", *(ROOT / "results").rglob("*.json")]:
         assert not re.search(r"(^|[\s`\"=])/(tmp|home|root|work|Users)/", path.read_text()), path
