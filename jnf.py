@@ -194,7 +194,8 @@ def made(z: Tensor, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     layers: masked weights (w [i o], b [o]); of s nets (w [s i o], b [s 1 o]), then all is [s b d].
     """
     for i, (w, b) in enumerate(layers):
-        z = (z.relu() if i else z) @ w + b
+        z = z.relu() if i else z
+        z = F.linear(z, w.T, b) if w.dim() == 2 else torch.baddbmm(b, z.expand(len(w), -1, -1), w)
     return z.chunk(2, dim=-1)
 
 

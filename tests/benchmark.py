@@ -1,6 +1,6 @@
 """Speed of every script, beside the formulation of the public codes on the same nets and data.
 
-    python tests/benchmark.py [--only SCRIPT] [--peer] [--compile] [--device cuda] [--out FILE]
+    python tests/benchmark.py [--only SCRIPT] [--peer] [--compile] [--amp] [--device cuda] [--out FILE]
 
 Prints a row for each stage and sampler: rate, FLOP/s over the measured matmul rate of this machine
 ("of floor": 1 would be a machine that does nothing but multiply matrices), peak memory. A rival,
@@ -333,7 +333,7 @@ def flops(work) -> int:
 
 def jnf_rows(a) -> dict:
     """JNF's rows, with MultiVae as their rival if --peer."""
-    extra = ["--compile"] if a.compile else []
+    extra = ["--compile"] * a.compile + ["--amp"] * a.amp
     args, official = jnf.parse_args(extra), jnf.parse_args(["--sampler", "official", *extra])
     rows = jnf_training(args, a.device, a.steps) | jnf_samplers(jnf.parse_args(extra), official,
                                                                 a.device)
@@ -369,7 +369,7 @@ def main() -> None:
     makers = {"jnf": jnf_rows,
               "sbm_vae": lambda a: sbm_rows(sbm_vae.parse_args([]), a.device, a.steps),
               "latent_ebm_prior": lambda a: latent_rows(latent_ebm_prior.parse_args(
-                  ["--compile"] if a.compile else []), a.device, a.steps),
+                  ["--compile"] * a.compile), a.device, a.steps),
               "joint_layer_ebm": lambda a: layer_rows(joint_layer_ebm.parse_args([]), a.device,
                                                       a.steps),
               "ebm_revision": lambda a: revision_rows(ebm_revision.parse_args([]), a.device,
@@ -377,6 +377,7 @@ def main() -> None:
     p.add_argument("--only", choices=list(makers))
     p.add_argument("--peer", action="store_true")
     p.add_argument("--compile", action="store_true")
+    p.add_argument("--amp", action="store_true", help="ours in bf16; the rivals stay in fp32")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--repeats", type=int, default=3)
