@@ -32,6 +32,7 @@ Deviations from the authors' public code
      product of learned experts need not be integrable (--sampler official: theirs)
   D4 MNIST-SVHN pairs are drawn anew each epoch; validation shares no image with training
   D5 frozen nets are in eval mode, their heads and projectors run once, not in each step
+  D6 --warm_start: encoders of stage U start as copies of the joint encoder's (theirs: at random)
 """
 import argparse
 import math
@@ -93,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dcca_batch", type=number(int, 2), default=800, help="DCCA needs large batches")
     flag("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam")
     flag("--lr_warmup", type=number(int, 0), default=0, help="steps of a linear rise, each stage")
+    flag("--warm_start", action=switch, default=False, help="stage U: from the joint heads (D6)")
     flag("--plateau", type=number(int, 0), default=0, help="epochs without gain until lr / 10")
     flag("--beta", type=number(float, 0), default=2.5, help="KL weight; the authors': 0.5 to 2.5")
     flag("--tau", type=number(float, 0, open_low=True), default=0.1, help="contrastive temperature")
@@ -114,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.flow_blocks and args.flow_hidden < args.z_dim - 1:
         p.error(f"--flow_hidden must be >= {args.z_dim - 1} (--z_dim - 1), got {args.flow_hidden}")
+    if args.warm_start and args.shared != "none":
+        p.error("--warm_start: with --shared the encoders see codes, not images")
     if args.shared == "dcca" and args.dcca_batch <= args.shared_dim:
         p.error(f"--dcca_batch must be above --shared_dim, {args.shared_dim}")
     return args
@@ -602,6 +606,9 @@ def train(model: JNF, train_set: data.Dataset, val_set: data.Dataset, args, run)
         model.load_state_dict(state["model"])
     for i in range(state["stage"], len(stages)):
         resumed = state if i == state["stage"] and "opt" in state else None
+        if stages[i][0] == "flow" and args.warm_start and not resumed:
+            for m, q in model.posteriors.items():                          # D6
+                q["encoder"][0].load_state_dict(model.joint_heads[m][0].state_dict())
         train_stage(model, i, stages[i], [train_set, val_set], args, run, resumed)
         run.save({"stage": i + 1, "model": model.state_dict()})
 

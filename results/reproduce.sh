@@ -85,6 +85,10 @@ joint_layer_ebm mnist ood-synth-mnist 0 --held_out 4 --n_eval 2000 --long_steps 
 jnf mnist_svhn 3000-steps-warmup 1 --max_steps 3000 --lr 2e-3 --lr_warmup 500
 jnf mnist_svhn 3000-steps-warmup 2 --max_steps 3000 --lr 2e-3 --lr_warmup 500
 jnf mnist_svhn 3000-steps 1 --max_steps 3000
+jnf mnist_svhn warm-start-3000-steps 0 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --warm_start
+jnf mnist_svhn warm-start-3000-steps 1 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --warm_start
+jnf mnist_svhn warm-start-3000-steps 2 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --warm_start
+jnf mnist_svhn dcca-3000-steps 0 --max_steps 3000 --shared dcca
 jnf synth_mnist_svhn default 1
 sbm_vae synth_mnist_svhn default 1
 sbm_vae synth_polymnist default 1

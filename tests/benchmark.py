@@ -1,6 +1,6 @@
 """Speed of every script, beside the formulation of the public codes on the same nets and data.
 
-    python tests/benchmark.py [--only SCRIPT] [--peer] [--compile] [--amp] [--device cuda] [--out FILE]
+    python tests/benchmark.py [--only SCRIPT] [--peer] [--compile] [--amp] [--device D] [--out F]
 
 Prints a row for each stage and sampler: rate, FLOP/s over the measured matmul rate of this machine
 ("of floor": 1 would be a machine that does nothing but multiply matrices), peak memory. A rival,

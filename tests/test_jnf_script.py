@@ -1,6 +1,7 @@
 """jnf.py end to end through its command line: files, resume, ranks, bad input."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_learning_rate_rises_over_the_first_steps_of_each_stage(paired, monkeypa
     assert rates == pytest.approx(2 * stage)                               # J, then U
 
 
+def test_warm_start_hands_the_joint_heads_bodies_to_the_encoders(paired):
+    for more in [], ["--warm_start", "--overwrite"]:
+        jnf.main(flags(paired, "--epochs_flow", "0", *more))
+        checkpoint = torch.load(paired / "runs/jnf/paired/0/checkpoint.pt", weights_only=True)
+        state = checkpoint["state"]["model"]
+        bodies = {n: v for n, v in state.items() if re.match(r"joint_heads\.\w+\.0\.", n)}
+        same = [torch.equal(v, state[re.sub(r"joint_heads\.(\w+)", r"posteriors.\1.encoder", n)])
+                for n, v in bodies.items()]
+        assert same and (all(same) if more else not any(same))
+
+
 def test_frozen_features_change_no_number(paired):
     args = jnf.parse_args(flags(paired, "--shared", "contrastive"))
     sets = data.load("paired", "val", paired)
@@ -203,7 +215,8 @@ def test_two_processes_train_as_one_at_the_same_global_batch(paired):
     (["--seed", "-1"], "--seed"), (["--flow_blocks", "-1"], "--flow_blocks"),
     (["--tau", "0"], "--tau"), (["--n_modalities", "1"], "--n_modalities"),
     (["--z_dim", "300"], "--flow_hidden"), (["--epoch_joint", "3"], "--epoch_joint"),
-    (["--hmc_step_size", "inf"], "--hmc_step_size")])
+    (["--hmc_step_size", "inf"], "--hmc_step_size"),
+    (["--warm_start", "--shared", "dcca"], "--warm_start")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         jnf.main([*arguments, "--out_dir", str(tmp_path)])
