@@ -41,6 +41,8 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
      p(w_n); drawing x_n from others then still takes w_n ~ p(w)
   D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
   D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
+  D8 mlp and conv decoders end without a sigmoid: a pixel that it saturates never comes back,
+     because the gradient of a Laplace likelihood does not grow with the error
 """
 import argparse
 import math
@@ -170,11 +172,11 @@ def body(shape: tuple[int, ...], net: str, width: int) -> tuple[nn.Module, int]:
 
 
 def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Module:
-    """(w, z) [b dim] -> mean image [b c h w]; of resnet unbounded, else in [0, 1]."""
+    """(w, z) [b dim] -> mean image [b c h w], unbounded (D8); of patch in [0, 1]."""
     (c, h, w), a, up = shape, width, nn.ConvTranspose2d
     if net == "mlp":
         return nn.Sequential(nn.Linear(dim, 400), nn.ReLU(), nn.Linear(400, c * h * w),
-                             nn.Sigmoid(), nn.Unflatten(1, shape))
+                             nn.Unflatten(1, shape))
     if net == "patch":
         return nn.Sequential(
             nn.Linear(dim, 8 * a), nn.ReLU(), nn.Linear(8 * a, h * w * a // 16), nn.ReLU(),
@@ -188,7 +190,7 @@ def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Module
     a = max(width // 2, 1)
     return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), up(dim, 4 * a, 4), nn.ReLU(),
                          up(4 * a, 2 * a, 4, 2, 1), nn.ReLU(), up(2 * a, a, 4, 2, 1), nn.ReLU(),
-                         up(a, c, 4, 2, 1), nn.Sigmoid())
+                         up(a, c, 4, 2, 1))
 
 
 def sum_to_dim(logits: Tensor) -> Tensor:
