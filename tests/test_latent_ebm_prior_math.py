@@ -73,6 +73,21 @@ def test_patch_nets_see_and_draw_each_patch_in_its_place():
     assert not same[4:8, 4:8].any() and same.sum() == 96 - 16
 
 
+@pytest.mark.parametrize("net, shape", [("mlp", (1, 28, 28)), ("conv", (3, 32, 32)),
+                                        ("resnet", (3, 28, 28))])
+def test_a_pixel_far_below_its_target_is_pulled_as_hard_as_a_near_one(net, shape):
+    """D8; a saturated sigmoid would let go of it."""
+    decode = lep.decoder(shape, net, 8, 4)
+    bias = list(decode.parameters())[-1]                                   # of the image
+    grads = []
+    for value in (-50.0, -5.0):
+        torch.nn.init.constant_(bias, value)
+        lep.log_lik(torch.full((2, *shape), 0.5), decode(torch.randn(2, 4)), 0.75).sum().backward()
+        grads.append(bias.grad)
+        bias.grad = None
+    assert torch.equal(*grads) and grads[0].min() > 0
+
+
 def test_densities_are_those_of_torch():
     z, mu, scale = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3) + 0.1
     assert torch.allclose(lep.log_laplace(z, mu, scale), Laplace(mu, scale).log_prob(z).sum(-1))
