@@ -512,8 +512,8 @@ def chain(model: JointEBM, z: Tensor, n_steps: int, step_size: float, args,
         return z
     space, low = ("eps", sum(model.prior.dims[:up_to])) if up_to else (args.space, z.shape[1])
     u, still = (model.prior.to_eps(z) if space == "eps" else z).tensor_split([low], 1)
-    u = langevin(lambda v: log_target(model, torch.cat([v, still], 1) if up_to else v, space, x,
-                                      args.sigma), u, n_steps, step_size)
+    u = langevin(lambda v: log_target(model, torch.cat([v, still], 1), space, x, args.sigma),
+                 u, n_steps, step_size)
     u = torch.cat([u, still], 1)
     return model.prior.to_z(u) if space == "eps" else u
 

@@ -377,7 +377,7 @@ def main() -> None:
     p.add_argument("--only", choices=list(makers))
     p.add_argument("--peer", action="store_true")
     p.add_argument("--compile", action="store_true")
-    p.add_argument("--amp", action="store_true", help="ours in bf16; the rivals stay in fp32")
+    p.add_argument("--amp", action="store_true", help="JNF in bf16, its rival in fp32")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--repeats", type=int, default=3)
