@@ -232,18 +232,14 @@ class EBM(nn.Module):
     def gradient(self, z: Tensor) -> Tensor:
         """df/dz [b d] in closed form, five products: W1'(a'(h1) * W2'(a'(h2) * w3)) sech^2."""
         (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in self.layers)
-        a1, slope1 = self.activation(torch.addmm(b1, z, w1.T))
-        a2, slope2 = self.activation(torch.addmm(b2, a1, w2.T))            # [b h]
-        back = slope2 * w3
+        h1 = torch.addmm(b1, z, w1.T)                                      # [b h]
+        h2 = torch.addmm(b2, F.gelu(h1), w2.T)
+        back = w3.expand_as(h2)
         if self.bound:
-            back = back * (1 - torch.tanh(torch.addmm(b3, a2, w3.T) / self.bound) ** 2)
-        return ((back @ w2) * slope1) @ w1
-
-    @staticmethod
-    def activation(h: Tensor) -> tuple[Tensor, Tensor]:
-        """GELU h Phi(h) and its slope Phi(h) + h phi(h)."""
-        phi = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
-        return h * phi, phi + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+            g = torch.addmm(b3, F.gelu(h2), w3.T)                          # [b 1]
+            back = (1 - torch.tanh(g / self.bound) ** 2) * w3
+        back = torch.ops.aten.gelu_backward(back, h2)                      # times a'(h2)
+        return torch.ops.aten.gelu_backward(back @ w2, h1) @ w1
 
 
 class MMVAEPlus(nn.Module):
