@@ -847,12 +847,12 @@ class Run(ExitStack):
         self.say(f"stopped by {name}; continue with --resume, from {self.dir}")
         raise SystemExit(128 + self.stop_requested)
 
-    def finish(self, metrics: dict, dataset_note: str, n: int, **extra) -> dict[str, float]:
+    def finish(self, metrics: dict, dataset_note: str, n: int) -> dict[str, float]:
         """Write result.json, in which null is a metric that is not finite. Returns the metrics."""
         metrics = {key: _plain(value) for key, value in metrics.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         result = {"script": self.script, "dataset": self.args.dataset, "seed": self.args.seed,
-                  "metrics": finite, "note": dataset_note, "n": n, **extra,
+                  "metrics": finite, "note": dataset_note, "n": n, "rollbacks": self.rollbacks,
                   "epochs": {k: v for k, v in vars(self.args).items() if k.startswith("epochs")},
                   "minutes": round(self.wall_s() / 60, 2), **self._about}
         if self.rank == 0:

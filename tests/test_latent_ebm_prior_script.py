@@ -163,6 +163,7 @@ def test_one_rollback_cures_a_broken_step_and_the_run_ends(paired, monkeypatch):
     metrics = lep.main(flags(paired))
     events = [r for r in lines(folder_of(paired)) if r.get("event") == "rollback"]
     assert len(events) == 1 and np.isfinite(metrics["gap"])
+    assert json.loads((folder_of(paired) / "result.json").read_text())["rollbacks"] == 1
 
 
 def test_rates_decay_to_zero_along_a_stage(paired, monkeypatch):
