@@ -39,8 +39,8 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
      prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. Training's z chains start from
      q*, too; from the mixture (--z_init random), as all do at test, they have to be longer:
      at 5 steps training collapsed. Wide sigma, so that q* fills the prior; Adam with momentum
-  D6 --mixed: last epochs for the EBM alone, half its chains from data tuples with shuffled
-     modalities; without, it tells real from generated pictures, but not matched from mixed tuples
+  D6 --mixed: last epochs (synthetic pairs: one) for the EBM alone, half its chains from tuples of
+     data with shuffled modalities; without (0), it does not tell matched from mixed tuples
 """
 import argparse
 import math
@@ -61,8 +61,8 @@ import data
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
             gamma=0.998, weight_decay=5e-4, z_init="random")                # steps, rates: theirs
-PRESETS = {"synth_mnist_svhn": {}, "synth_polymnist": {}, "mnist_svhn": FULL, "polymnist": FULL,
-           "cub": FULL}
+PRESETS = {"synth_mnist_svhn": dict(epochs=21, mixed=1, x_steps_test=60), "synth_polymnist": {},
+           "mnist_svhn": FULL, "polymnist": FULL, "cub": FULL}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training

@@ -27,7 +27,7 @@ jnf synth_mnist_svhn default 0
 joint_layer_ebm synth_svhn default 0
 sbm_vae synth_polymnist default 0
 latent_ebm_prior synth_polymnist default 0
-ebm_revision synth_mnist_svhn default 0
+ebm_revision synth_mnist_svhn plain 0 --mixed 0 --epochs 20 --x_steps_test 30
 sbm_vae synth_mnist_svhn default 0
 latent_ebm_prior synth_mnist_svhn default 0
 jnf synth_mnist_svhn gaussian 0 --flow_blocks 0
@@ -58,10 +58,10 @@ latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 ebm_revision mnist_svhn small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
 ebm_revision mnist_svhn small-10-steps 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 10 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000 --eval_only --checkpoint runs/results/small/ebm_revision/mnist_svhn/0/checkpoint.pt
-ebm_revision synth_mnist_svhn mixture-start 0 --z_init random
-ebm_revision synth_mnist_svhn mixture-start 1 --z_init random
-ebm_revision synth_mnist_svhn mixture-start-20-steps 0 --z_init random --z_steps 20 --z_step_size 0.2 --z_noise 0.2
-ebm_revision synth_mnist_svhn mixed 0 --epochs 21 --mixed 1 --x_steps_test 60
+ebm_revision synth_mnist_svhn mixture-start 0 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
+ebm_revision synth_mnist_svhn mixture-start 1 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
+ebm_revision synth_mnist_svhn mixture-start-20-steps 0 --z_init random --z_steps 20 --z_step_size 0.2 --z_noise 0.2 --mixed 0 --epochs 20 --x_steps_test 30
+ebm_revision synth_mnist_svhn default 0
 latent_ebm_prior synth_mnist_svhn mcmc 0 --inference mcmc --post_steps 5
 sbm_vae synth_polymnist unmasked 0 --cond_train none --obs_noise fresh --epochs_energy 10 --guide_sweep 0 0.3 1 3 10 --curve
 sbm_vae synth_polymnist unmasked-fixed 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
@@ -95,15 +95,15 @@ jnf synth_mnist_svhn default 1
 sbm_vae synth_mnist_svhn default 1
 sbm_vae synth_polymnist default 1
 latent_ebm_prior synth_mnist_svhn default 1
+ebm_revision synth_mnist_svhn plain 1 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn default 1
-ebm_revision synth_mnist_svhn mixed 1 --epochs 21 --mixed 1 --x_steps_test 60
 jnf synth_mnist_svhn default 2
 jnf synth_mnist_svhn gaussian 1 --flow_blocks 0
 jnf synth_mnist_svhn gaussian 2 --flow_blocks 0
 sbm_vae synth_mnist_svhn default 2
 sbm_vae synth_polymnist default 2
 latent_ebm_prior synth_mnist_svhn default 2
-ebm_revision synth_mnist_svhn default 2
+ebm_revision synth_mnist_svhn plain 2 --mixed 0 --epochs 20 --x_steps_test 30
 joint_layer_ebm synth_svhn default 1
 joint_layer_ebm synth_svhn default 2
 ROWS
