@@ -41,8 +41,8 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
      p(w_n); drawing x_n from others then still takes w_n ~ p(w)
   D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
   D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
-  D8 mlp and conv decoders end without a sigmoid: a pixel that it saturates never comes back,
-     because the gradient of a Laplace likelihood does not grow with the error
+  D8 decoders end without a sigmoid (the synthetic presets': --sigmoid): a pixel that it saturates
+     never comes back, because the gradient of a Laplace likelihood does not grow with the error
 """
 import argparse
 import math
@@ -59,8 +59,8 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", decoder_scale=0.4, batch_size=64, decay=True,
-             lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
+SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", sigmoid=True, decoder_scale=0.4, decay=True,
+             batch_size=64, lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
 PRESETS = {
     "synth_polymnist": SYNTH,
     "synth_mnist_svhn": dict(SYNTH, rescale=True),
@@ -86,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--private", action=switch, default=True, help="w_m; without: E24's base version")
     flag("--net", default="auto", choices=["auto", "mlp", "patch", "conv", "resnet"])
     flag("--width", type=number(int, 1), default=64, help="channels, features of patch; 64: full")
+    flag("--sigmoid", action=switch, default=False, help="at the end of decoders (D8)")
     flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
     flag("--rescale", action=switch, default=False, help="weigh by largest size / size of x_m")
     flag("--prior", default="ebm", choices=["ebm", "laplace"], help="laplace: p0 alone, MMVAE+")
@@ -171,8 +172,8 @@ def body(shape: tuple[int, ...], net: str, width: int) -> tuple[nn.Module, int]:
     raise ValueError(f"--net {net} is not made for images of {shape}; use --net mlp")
 
 
-def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Module:
-    """(w, z) [b dim] -> mean image [b c h w], unbounded (D8); of patch in [0, 1]."""
+def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Sequential:
+    """(w, z) [b dim] -> mean image [b c h w], unbounded (D8)."""
     (c, h, w), a, up = shape, width, nn.ConvTranspose2d
     if net == "mlp":
         return nn.Sequential(nn.Linear(dim, 400), nn.ReLU(), nn.Linear(400, c * h * w),
@@ -181,7 +182,7 @@ def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Module
         return nn.Sequential(
             nn.Linear(dim, 8 * a), nn.ReLU(), nn.Linear(8 * a, h * w * a // 16), nn.ReLU(),
             nn.Unflatten(1, (-1, a)), nn.Linear(a, 16 * c),
-            Rearrange("b (h w) (c p q) -> b c (h p) (w q)", h=h // 4, p=4, q=4, c=c), nn.Sigmoid())
+            Rearrange("b (h w) (c p q) -> b c (h p) (w q)", h=h // 4, p=4, q=4, c=c))
     if net == "resnet":
         return nn.Sequential(nn.Linear(dim, 4 * a * 49), nn.Unflatten(1, (4 * a, 7, 7)),
                              ResBlock(4 * a, 2 * a), nn.Upsample(scale_factor=2),
@@ -261,6 +262,8 @@ class MMVAEPlus(nn.Module):
                 {name: LaplaceTower(shape, net, args.width, dim)
                  for name, dim in (("z", self.z_dim), ("w", self.w_dim)) if dim})
             self.decoders[m] = decoder(shape, net, args.width, self.z_dim + self.w_dim)
+            if args.sigmoid:
+                self.decoders[m].append(nn.Sigmoid())
         self.aux = nn.Parameter(torch.zeros(len(shapes), self.w_dim))
         dim = self.z_dim + (args.ebm_on == "u") * len(shapes) * self.w_dim
         self.ebm = EBM(dim, args.ebm_hidden, args.bound)

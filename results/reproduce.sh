@@ -27,7 +27,7 @@ jnf synth_mnist_svhn default 0
 joint_layer_ebm synth_svhn default 0
 sbm_vae synth_polymnist default 0
 latent_ebm_prior synth_polymnist default 0
-ebm_revision synth_mnist_svhn plain 0 --mixed 0 --epochs 20 --x_steps_test 30
+ebm_revision synth_mnist_svhn default 0
 sbm_vae synth_mnist_svhn default 0
 latent_ebm_prior synth_mnist_svhn default 0
 jnf synth_mnist_svhn gaussian 0 --flow_blocks 0
@@ -61,7 +61,7 @@ ebm_revision mnist_svhn small-10-steps 0 --net mlp --z_dim 16 --width 8 --sigma 
 ebm_revision synth_mnist_svhn mixture-start 0 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn mixture-start 1 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn mixture-start-20-steps 0 --z_init random --z_steps 20 --z_step_size 0.2 --z_noise 0.2 --mixed 0 --epochs 20 --x_steps_test 30
-ebm_revision synth_mnist_svhn default 0
+ebm_revision synth_mnist_svhn plain 0 --mixed 0 --epochs 20 --x_steps_test 30
 latent_ebm_prior synth_mnist_svhn mcmc 0 --inference mcmc --post_steps 5
 sbm_vae synth_polymnist unmasked 0 --cond_train none --obs_noise fresh --epochs_energy 10 --guide_sweep 0 0.3 1 3 10 --curve
 sbm_vae synth_polymnist unmasked-fixed 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve

@@ -74,7 +74,7 @@ def test_patch_nets_see_and_draw_each_patch_in_its_place():
 
 
 @pytest.mark.parametrize("net, shape", [("mlp", (1, 28, 28)), ("conv", (3, 32, 32)),
-                                        ("resnet", (3, 28, 28))])
+                                        ("patch", (3, 28, 28)), ("resnet", (3, 28, 28))])
 def test_a_pixel_far_below_its_target_is_pulled_as_hard_as_a_near_one(net, shape):
     """D8; a saturated sigmoid would let go of it."""
     decode = lep.decoder(shape, net, 8, 4)
@@ -86,6 +86,15 @@ def test_a_pixel_far_below_its_target_is_pulled_as_hard_as_a_near_one(net, shape
         grads.append(bias.grad)
         bias.grad = None
     assert torch.equal(*grads) and grads[0].min() > 0
+
+
+def test_sigmoid_ends_every_decoder_only_if_asked():
+    shapes = {"a": (1, 28, 28), "b": (3, 32, 32)}
+    for flags, bounded in (([], False), (["--sigmoid"], True)):
+        model = lep.MMVAEPlus(shapes, options("--net", "mlp", *flags))
+        z, w = 30 * torch.randn(9, 3), 30 * torch.randn(9, 2)
+        images = [model.decode(m, z, w) for m in shapes]
+        assert all((0 <= x.min() and x.max() <= 1) == bounded for x in images)
 
 
 def test_densities_are_those_of_torch():
