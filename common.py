@@ -783,10 +783,10 @@ class Run(ExitStack):
         kept = _read(path)
         if not isinstance(kept, dict) or kept.get("script") != self.script or kept["format"] != 1:
             raise RunError(f"{path} is not a checkpoint of this version of {self.script}.py")
-        given = json.loads(json.dumps(vars(self.args), default=str))
-        for flag, value in json.loads(kept["flags"]).items():
-            if flag not in (*RUN_FLAGS, *free) and given.get(flag) != value:
-                raise RunError(f"{path} was made with --{flag} {value}, not {given.get(flag)}: "
+        then, now = json.loads(kept["flags"]), json.loads(json.dumps(vars(self.args), default=str))
+        for flag in sorted((then | now).keys() - {*RUN_FLAGS, *free}):
+            if now.get(flag) != (value := then.get(flag, "(no such flag then)")):
+                raise RunError(f"{path} was made with --{flag} {value}, not {now.get(flag)}: "
                                "give the same flags, or train anew with another --out_dir")
         if self.args.eval_only:
             if kept["state"].get("stage", stages) < stages:

@@ -218,6 +218,9 @@ def test_flags_that_differ_from_the_checkpoints_are_refused(open_run):
     run.load(free=("hmc_steps",))
     with pytest.raises(common.RunError, match="--hmc_steps 5"):
         run.load()
+    run.args.hmc_steps, run.args.sigmoid = 5, False                        # a later version's flag
+    with pytest.raises(common.RunError, match="--sigmoid .no such flag then., not False"):
+        run.load()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
