@@ -56,6 +56,8 @@ sbm_vae mnist_svhn default 0
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 3 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
+latent_ebm_prior mnist_svhn shared-k3-mcmc 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5
+latent_ebm_prior mnist_svhn shared-k3-sigmoid 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --sigmoid
 ebm_revision mnist_svhn small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
 ebm_revision mnist_svhn small-10-steps 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 10 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000 --eval_only --checkpoint runs/results/small/ebm_revision/mnist_svhn/0/checkpoint.pt
 ebm_revision synth_mnist_svhn mixture-start 0 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
