@@ -60,9 +60,9 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
-            gamma=0.998, weight_decay=5e-4, z_init="random")                # steps, rates: theirs
+            gamma=0.998, weight_decay=5e-4, z_init="random", n_modalities=10)  # steps, lr: theirs
 PRESETS = {"synth_mnist_svhn": dict(epochs=21, mixed=1, x_steps_test=60), "synth_polymnist": {},
-           "mnist_svhn": FULL, "polymnist": FULL, "cub": FULL}
+           **dict.fromkeys(("mnist_svhn", "polymnist", "polymnist10", "cub"), FULL)}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training

@@ -61,10 +61,10 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", sigmoid=True, decoder_scale=0.4, decay=True,
              batch_size=64, lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
+POLY = dict(z_dim=32, w_dim=32, net="resnet", beta=2.5, epochs_vae=150)
 PRESETS = {
-    "synth_polymnist": SYNTH,
-    "synth_mnist_svhn": dict(SYNTH, rescale=True),
-    "polymnist": dict(z_dim=32, w_dim=32, net="resnet", beta=2.5, epochs_vae=150),
+    "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(SYNTH, rescale=True),
+    "polymnist": POLY, "polymnist10": dict(POLY, n_modalities=10),
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
                        epochs_vae=30),
     "paired": dict(net="mlp")}

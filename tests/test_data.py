@@ -1,5 +1,6 @@
 """Data sets: what is paired, what is pure, what is refused. No network; files are made up here."""
 import gzip
+import importlib
 import struct
 import zipfile
 
@@ -401,6 +402,13 @@ def test_polymnist10_has_as_many_modalities_as_asked_for_the_same_ones(tmp_path)
     all_ten, two = (load("polymnist10", "test", tmp_path, n_modalities=k) for k in (None, 2))
     assert len(all_ten.x) == 10 and list(two.x) == ["m0", "m1"]
     assert all(torch.equal(two.x[m], all_ten.x[m]) for m in two.x)
+
+
+@pytest.mark.parametrize("script", ["jnf", "sbm_vae", "latent_ebm_prior", "ebm_revision"])
+def test_every_multimodal_script_takes_any_number_of_polymnist10s_modalities(script):
+    parse_args, name = importlib.import_module(script).parse_args, ["--dataset", "polymnist10"]
+    assert parse_args(name).n_modalities == 10
+    assert parse_args([*name, "--n_modalities", "3"]).n_modalities == 3
 
 
 def test_translated_polymnist_shrinks_and_moves(tmp_path):
