@@ -53,6 +53,7 @@ sbm_vae celebamask_hq small 0 --ae_net patch --z_dim 64 --batch_ae 25 --lr_ae 1e
 sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
 ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
+latent_ebm_prior synth_polymnist no-sigmoid 0 --no-sigmoid
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 3 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
@@ -93,6 +94,8 @@ jnf mnist_svhn warm-start-3000-steps 0 --max_steps 3000 --lr 2e-3 --lr_warmup 50
 jnf mnist_svhn warm-start-3000-steps 1 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --warm_start
 jnf mnist_svhn warm-start-3000-steps 2 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --warm_start
 jnf mnist_svhn dcca-3000-steps 0 --max_steps 3000 --shared dcca
+latent_ebm_prior mnist_svhn shared-k3-8-epochs 1 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
+latent_ebm_prior mnist_svhn shared-k3-8-epochs 2 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 jnf synth_mnist_svhn default 1
 sbm_vae synth_mnist_svhn default 1
 sbm_vae synth_polymnist default 1
@@ -108,6 +111,26 @@ latent_ebm_prior synth_mnist_svhn default 2
 ebm_revision synth_mnist_svhn plain 2 --mixed 0 --epochs 20 --x_steps_test 30
 joint_layer_ebm synth_svhn default 1
 joint_layer_ebm synth_svhn default 2
+ebm_revision synth_mnist_svhn default 2
+ebm_revision synth_mnist_svhn default 3
+ebm_revision synth_mnist_svhn default 4
+ebm_revision synth_mnist_svhn default 5
+ebm_revision synth_mnist_svhn default 6
+ebm_revision synth_mnist_svhn default 7
+ebm_revision synth_mnist_svhn default 8
+ebm_revision synth_mnist_svhn default 9
+ebm_revision synth_mnist_svhn default 10
+ebm_revision synth_mnist_svhn default 11
+ebm_revision synth_mnist_svhn default 12
+ebm_revision synth_mnist_svhn default 13
+ebm_revision synth_mnist_svhn default 14
+ebm_revision synth_mnist_svhn default 15
+ebm_revision synth_mnist_svhn default 16
+ebm_revision synth_mnist_svhn default 17
+ebm_revision synth_mnist_svhn default 18
+ebm_revision synth_mnist_svhn default 19
+ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
+ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
 }
 

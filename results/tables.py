@@ -67,7 +67,7 @@ METHODS = {
         "synth_polymnist": ("three-modalities", "three-modalities")}),
     "latent_ebm_prior": ("Laplace prior (MMVAE+)", "_base", {
         "synth_mnist_svhn": ("default", "default"), "synth_polymnist": ("default", "default"),
-        "mnist_svhn": ("shared-k3", "shared-k3")}),
+        "mnist_svhn": ("shared-k3-8-epochs", "shared-k3-8-epochs")}),
     "ebm_revision": ("generator alone", "_initial", {
         "synth_mnist_svhn": ("default", "default"),
         "synth_polymnist": ("three-modalities", "three-modalities"),
