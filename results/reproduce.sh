@@ -54,6 +54,7 @@ sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
 ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
 latent_ebm_prior synth_polymnist no-sigmoid 0 --no-sigmoid
+latent_ebm_prior polymnist10 three-modalities 0 --n_modalities 3 --n_train 30000 --net mlp --z_dim 16 --w_dim 16 --decoder_scale 0.4 --batch_size 64 --decay --lr 1e-3 --beta 1 --objective dreg --k 3 --epochs_vae 15 --ebm_warmup 15 --epochs_ebm 3 --lr_ebm 1e-3 --n_eval 5000
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 3 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
