@@ -85,6 +85,10 @@ joint_layer_ebm mnist held-out-5 0 --held_out 5 --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist held-out-7 0 --held_out 7 --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist held-out-9 0 --held_out 9 --n_eval 5000 --f_hidden 200
 joint_layer_ebm mnist held-out-9-single-layer 0 --held_out 9 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
+joint_layer_ebm mnist held-out-1-single-layer 0 --held_out 1 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
+joint_layer_ebm mnist held-out-4-single-layer 0 --held_out 4 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
+joint_layer_ebm mnist held-out-5-single-layer 0 --held_out 5 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
+joint_layer_ebm mnist held-out-7-single-layer 0 --held_out 7 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist two-stage 0 --scheme two_stage --width 16 --group_dim 2 --n_train 40000 --epochs_backbone 2 --epochs 1 --prior_steps 10 --lr_ebm 5e-4 --n_eval 1000 --long_steps 500
 joint_layer_ebm cifar10 ood-svhn 0 --scheme two_stage --net ladder --z_dims 64 32 32 --width 16 --batch_size 100 --prior_hidden 64 --prior_layers 2 --f_hidden 100 --prior_steps 10 --prior_step_size 0.02 --lr_ebm 1e-3 --max_gap 1e5 --kl_warmup 0 --free_bits 0 --epochs_backbone 6 --epochs 3 --ood svhn --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist ood-synth-mnist 0 --held_out 4 --n_eval 2000 --long_steps 500 --eval_only --checkpoint runs/results/held-out-4/joint_layer_ebm/mnist/0/checkpoint.pt --ood synth_mnist
