@@ -784,7 +784,7 @@ class Run(ExitStack):
         if not isinstance(kept, dict) or kept.get("script") != self.script or kept["format"] != 1:
             raise RunError(f"{path} is not a checkpoint of this version of {self.script}.py")
         then, now = json.loads(kept["flags"]), json.loads(json.dumps(vars(self.args), default=str))
-        for flag in sorted((then | now).keys() - {*RUN_FLAGS, *free}):
+        for flag in [flag for flag in then | now if flag not in (*RUN_FLAGS, *free)]:
             if now.get(flag) != (value := then.get(flag, "(no such flag then)")):
                 raise RunError(f"{path} was made with --{flag} {value}, not {now.get(flag)}: "
                                "give the same flags, or train anew with another --out_dir")

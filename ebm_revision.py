@@ -60,9 +60,10 @@ import data
 # ---- Config --------------------------------------------------------------------------------------
 FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
-            gamma=0.998, weight_decay=5e-4, z_init="random", n_modalities=10)  # steps, lr: theirs
+            gamma=0.998, weight_decay=5e-4, z_init="random")                # steps, rates: theirs
 PRESETS = {"synth_mnist_svhn": dict(epochs=21, mixed=1, x_steps_test=60), "synth_polymnist": {},
-           **dict.fromkeys(("mnist_svhn", "polymnist", "polymnist10", "cub"), FULL)}
+           "mnist_svhn": FULL, "cub": FULL,
+           "polymnist": FULL, "polymnist10": dict(FULL, n_modalities=10)}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
@@ -82,8 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = p.add_argument_group("training").add_argument
     flag("--epochs", type=number(int, 0), default=20)
     flag("--warmup", type=number(int, 0), default=16, help="first epochs: the VAE alone")
-    flag("--mixed", type=number(int, 0), default=0, help="last epochs: the EBM alone, half of its "
-         "chains from data tuples with shuffled modalities (D6)")
+    flag("--mixed", type=number(int, 0), default=0, help="last epochs: EBM, mixed starts (D6)")
     flag("--staged", action=switch, default=False, help="after warmup the EBM learns alone")
     flag("--max_steps", type=number(int, 0), default=0, help="0: epochs decide")
     flag("--batch_size", type=number(int, 1), default=64, help="over all processes")

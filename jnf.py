@@ -55,11 +55,11 @@ PRESETS = {
                              lr_warmup=500),
     "synth_polymnist": dict(epochs_shared=5, epochs_joint=15, epochs_flow=10, z_dim=32, net="conv",
                             rescale=False, n_leapfrog=25),
-    "mnist_svhn": dict(pairings=5, epochs_shared=150), "polymnist10": dict(POLY, n_modalities=10),
+    "mnist_svhn": dict(pairings=5, epochs_shared=150), "polymnist": POLY, "paired": {},
     "translated_polymnist": dict(POLY, z_dim=200, std="softplus", plateau=0, flow_hidden=256,
                                  epochs_shared=80, epochs_joint=150, epochs_flow=150),
     "shapes": dict(z_dim=2, decoder_dist="normal", decoder_scale=1.0, beta=1.0, epochs_joint=15,
-                   epochs_flow=15), "polymnist": POLY, "paired": {}}
+                   epochs_flow=15), "polymnist10": dict(POLY, n_modalities=10)}
 TWO_LAYERS = dict(common_dim=64, shared_layers=2)
 SHARED = {"translated_polymnist": TWO_LAYERS,                              # on top of PRESETS
           "polymnist": dict(TWO_LAYERS, batch_size=64, epochs_joint=200, epochs_flow=200)}

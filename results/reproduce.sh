@@ -116,27 +116,10 @@ latent_ebm_prior synth_mnist_svhn default 2
 ebm_revision synth_mnist_svhn plain 2 --mixed 0 --epochs 20 --x_steps_test 30
 joint_layer_ebm synth_svhn default 1
 joint_layer_ebm synth_svhn default 2
-ebm_revision synth_mnist_svhn default 2
-ebm_revision synth_mnist_svhn default 3
-ebm_revision synth_mnist_svhn default 4
-ebm_revision synth_mnist_svhn default 5
-ebm_revision synth_mnist_svhn default 6
-ebm_revision synth_mnist_svhn default 7
-ebm_revision synth_mnist_svhn default 8
-ebm_revision synth_mnist_svhn default 9
-ebm_revision synth_mnist_svhn default 10
-ebm_revision synth_mnist_svhn default 11
-ebm_revision synth_mnist_svhn default 12
-ebm_revision synth_mnist_svhn default 13
-ebm_revision synth_mnist_svhn default 14
-ebm_revision synth_mnist_svhn default 15
-ebm_revision synth_mnist_svhn default 16
-ebm_revision synth_mnist_svhn default 17
-ebm_revision synth_mnist_svhn default 18
-ebm_revision synth_mnist_svhn default 19
 ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
+    for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
 }
 
 end=$(($(date +%s) + minutes * 60))
