@@ -43,6 +43,8 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
   D8 decoders end without a sigmoid (the synthetic presets': --sigmoid): a pixel that it saturates
      never comes back, because the gradient of a Laplace likelihood does not grow with the error
+  D9 --cross_warmup: in these first epochs latents explain the other modalities alone, and beta and
+     the scales of q and r_n grow from 0 to theirs; else real PolyMNIST's z stays blind to digits
 """
 import argparse
 import math
@@ -66,8 +68,7 @@ PRESETS = {
     "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(SYNTH, rescale=True),
     "polymnist": POLY, "polymnist10": dict(POLY, n_modalities=10),
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
-                       epochs_vae=30),
-    "paired": dict(net="mlp")}
+                       epochs_vae=30), "paired": dict(net="mlp")}
 
 
 def free_flags(args: argparse.Namespace) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--net", default="auto", choices=["auto", "mlp", "patch", "conv", "resnet"])
     flag("--width", type=number(int, 1), default=64, help="channels, features of patch; 64: full")
     flag("--sigmoid", action=switch, default=False, help="at the end of decoders (D8)")
+    flag("--decoder_dist", default="laplace", choices=["laplace", "normal"], help="p(x_m|z, w_m)")
     flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
     flag("--rescale", action=switch, default=False, help="weigh by largest size / size of x_m")
     flag("--prior", default="ebm", choices=["ebm", "laplace"], help="laplace: p0 alone, MMVAE+")
@@ -99,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--epochs_vae", type=number(int, 0), default=150, help="autoencoder and EBM together")
     flag("--epochs_ebm", type=number(int, 0), default=0, help="then the EBM alone")
     flag("--ebm_warmup", type=number(int, 0), default=1, help="first epochs with p0 alone")
+    flag("--cross_warmup", type=number(int, 0), default=0, help="first epochs that anneal (D9)")
     flag("--max_steps", type=number(int, 0), default=0, help="steps a stage; 0: epochs decide")
     flag("--batch_size", type=number(int, 1), default=128, help="over all processes")
     flag("--objective", default="elbo", choices=["elbo", "iwae", "dreg"], help="elbo: k is 1")
@@ -108,8 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-4)
     flag("--decay", action=switch, default=False, help="rates go down to 0 along a stage, linearly")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of both signs")
-    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0,
-         help="|f(z_pos) - f(z_neg)| beyond this has diverged: rollback")
+    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0, help="of f: rollback")
     flag("--inference", default="amortised", choices=["amortised", "mcmc"])
     flag("--rho", type=number(float, 0, 1), default=0.5, help="weight of the chain for decoders")
     flag("--phi", default="elbo", choices=["elbo", "teach"], help="what trains the encoders")
@@ -131,6 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--objective elbo has --k 1, not {args.k}; give --objective iwae or dreg")
     if args.objective == "dreg" and args.ebm_on == "u":
         p.error("--objective dreg is for --ebm_on z")
+    if args.cross_warmup > args.epochs_vae:
+        p.error("--cross_warmup: at most --epochs_vae")
     if args.prior == "ebm" and not args.epochs_ebm and args.ebm_warmup >= args.epochs_vae > 0:
         p.error("f would never train: give --epochs_ebm, or --ebm_warmup below --epochs_vae")
     return args
@@ -307,10 +311,12 @@ def log_base(z: Tensor, args) -> Tensor:
     return (-0.5 * (z / args.base_scale) ** 2 - constant).sum(-1)
 
 
-def log_lik(x: Tensor, mean: Tensor, scale: float) -> Tensor:
-    """log Laplace(x; mean, scale): x [b c h w], mean [... b c h w] -> [... b]."""
-    error = reduce((x - mean).abs(), "... c h w -> ...", "sum")
-    return -error / scale - math.log(2 * scale) * math.prod(x.shape[-3:])
+def log_lik(x: Tensor, mean: Tensor, args) -> Tensor:
+    """log Laplace or Normal(x; mean, decoder_scale): x [b c h w], mean [... b c h w] -> [... b]."""
+    error, scale, log_z = (x - mean).abs(), args.decoder_scale, math.log(2 * args.decoder_scale)
+    if args.decoder_dist == "normal":
+        error, log_z = error**2 / (2 * scale), math.log(scale) + 0.5 * math.log(2 * math.pi)
+    return -reduce(error, "... c h w -> ...", "sum") / scale - log_z * math.prod(x.shape[-3:])
 
 
 def sample_laplace(mu: Tensor, scale: Tensor | float) -> Tensor:
@@ -325,21 +331,21 @@ def log_experts(z: Tensor, mu_z: Tensor, scale_z: Tensor) -> Tensor:
     return log_laplace(z, mu_z[lead], scale_z[lead])
 
 
-def log_lik_all(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, args) -> Tensor:
+def log_lik_all(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, args, t=1) -> Tensor:
     """sum_n lambda_n log p(x_n|z, w_n), w_n own for expert m = n, else w'_n ~ r_n: z, w [m k b d]
-    -> [m k b]. One decoder call a target, for all experts and samples."""
-    total, n_m = 0.0, len(z)
+    -> [m k b]. One decoder call a target, for all experts and samples. t < 1: D9."""
+    total = 0.0
     for i, n in enumerate(model.modalities):
-        aux = sample_laplace(torch.zeros_like(w), sum_to_dim(model.aux[i]))          # w'_n
-        own = torch.arange(n_m, device=z.device).eq(i)[:, None, None, None]
+        aux = sample_laplace(torch.zeros_like(w), t * sum_to_dim(model.aux[i]))      # w'_n
+        own = torch.arange(len(z), device=z.device).eq(i)[:, None, None, None]
         mean = model.decode(n, z, torch.where(own, w, aux))                # [m k b c h w]
-        total = total + model.weight[n] * log_lik(x[n], mean, args.decoder_scale)
+        total = total + model.weight[n] * (~own[..., 0] | (t == 1)) * log_lik(x[n], mean, args)
     return total
 
 
 def log_lik_own(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, args) -> Tensor:
     """sum_m lambda_m log p(x_m|z, w_m) over the m that x has: z [b d], w [m b d] -> [b]."""
-    return sum(model.weight[m] * log_lik(x[m], model.decode(m, z, w[i]), args.decoder_scale)
+    return sum(model.weight[m] * log_lik(x[m], model.decode(m, z, w[i]), args)
                for i, m in enumerate(model.modalities) if m in x)
 
 
@@ -382,12 +388,12 @@ def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: floa
     return importance_bound(log_w).detach() + surrogate - surrogate.detach()
 
 
-def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool) -> dict[str, Tensor]:
+def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool, t: float = 1.0) -> dict:
     """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]};
     with use_ebm both lack -beta log Z, so that they are bounds only under p0."""
-    q = model.encode(x)
+    q, beta = model.encode(x), t * args.beta
     mu_z, scale_z, mu_w, scale_w = (repeat(p, "m b d -> m k b d", k=args.k) for p in q)
-    z, w = sample_laplace(mu_z, scale_z), sample_laplace(mu_w, scale_w)
+    z, w = sample_laplace(mu_z, t * scale_z), sample_laplace(mu_w, t * scale_w)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)[:, :, None, None, None]
     w_all = torch.where(own, w[:, None], w[:, None].detach())              # [n m k b d], D5
 
@@ -395,10 +401,10 @@ def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool) -> di
         log_qz = log_experts(z, *q[:2]).logsumexp(0) - math.log(len(z))    # [m k b]
         log_qw = log_laplace(w, q[2][:, None], q[3][:, None])
         log_p = log_prior(model, z, w_all, args, use_ebm) + log_laplace(w, 0.0, 1.0)
-        return log_lik_all(model, x, z, w, args) + args.beta * (log_p - log_qz - log_qw)
+        return log_lik_all(model, x, z, w, args, t) + beta * (log_p - log_qz - log_qw)
 
     if args.objective == "dreg":
-        bound = dreg_surrogate(log_weight, z, w, q, args.beta).mean()
+        bound = dreg_surrogate(log_weight, z, w, q, beta).mean()
     else:
         bound = importance_bound(log_weight(z, w, q)).mean()
     u = z if args.ebm_on == "z" else torch.cat([z, *w_all], -1)
@@ -474,9 +480,8 @@ def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
     observed = [m for m in model.modalities if m in x]
     b, device = len(x[observed[0]]), x[observed[0]].device
     mu_z, scale_z, mu_w, scale_w = model.encode(x)
-    m = torch.randint(len(observed), (b,), device=device)
-    rows = torch.arange(b, device=device)
-    z = sample_laplace(mu_z[m, rows], scale_z[m, rows])
+    pick = torch.randint(len(observed), (b,), device=device), torch.arange(b, device=device)
+    z = sample_laplace(mu_z[pick], scale_z[pick])
     w = sample_laplace(mu_z.new_zeros(len(model.modalities), b, model.w_dim), 1.0)
     for i, name in enumerate(observed):
         w[model.modalities.index(name)] = sample_laplace(mu_w[i], scale_w[i])
@@ -502,8 +507,7 @@ def sample_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, n_steps: int,
 
 @torch.no_grad()
 def metropolis_rate(log_prob, gradient, z: Tensor, step_size: float) -> Tensor:
-    """Mean acceptance [] that a Metropolis test would give one Langevin step from z [b d]: 1 as the
-    step's bias goes to 0."""
+    """Mean acceptance [] of a Metropolis test of one Langevin step from z [b d]; 1: no bias."""
     def log_move(to, start, grad):
         return -((to - start - 0.5 * step_size**2 * grad) ** 2).sum(1) / (2 * step_size**2)
     grad = gradient(z)
@@ -525,16 +529,14 @@ def ebm_step(model: MMVAEPlus, z_pos: Tensor, opt, args, world: int) -> dict[str
             "std_neg": z_neg.std(), "max_pos": z_pos.abs().max(), "max_neg": z_neg.abs().max()}
 
 
-def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], args,
-                   use_ebm: bool) -> tuple[Tensor, dict]:
+def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm) -> tuple[Tensor, dict]:
     """Step 3', after (3)'s backward: gradients of decoders and r_n become (1 - rho) (3) + rho times
     minus the likelihood at the chain's end v (own w and w' ~ r_n); --phi teach: the encoders'
     become those of -log q_m(z|x_m) - sum_n log q_n(w_n|x_n). Returns (z_pos [b d], metrics)."""
     v = sample_posterior(model, x, args, args.post_steps, use_ebm)
     z, w = model.split(v)
-    for p in (*model.decoders.parameters(), model.aux):
-        if p.grad is not None:
-            p.grad.mul_(1 - args.rho)
+    for p in [p for p in (*model.decoders.parameters(), model.aux) if p.grad is not None]:
+        p.grad.mul_(1 - args.rho)
     aux = sample_laplace(torch.zeros_like(w), rearrange(sum_to_dim(model.aux), "m d -> m 1 d"))
     cross = log_lik_own(model, x, z, aux, args) if model.w_dim else 0.0
     own = log_lik_own(model, x, z, w, args)
@@ -548,13 +550,13 @@ def mcmc_gradients(model: MMVAEPlus, x: dict[str, Tensor], args,
 
 
 def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
-               world: int = 1) -> dict[str, Tensor]:
+               world: int = 1, t: float = 1.0) -> dict[str, Tensor]:
     """One minibatch of the algorithm, x = {m: [b c h w]}; metrics as tensors."""
-    out = objective(model, x, args, use_ebm)
+    out = objective(model, x, args, use_ebm, t)
     opts["vae"].zero_grad(set_to_none=True)
     out["loss"].backward()
     z_pos, metrics = out["z_pos"], {}
-    if args.inference == "mcmc":
+    if args.inference == "mcmc" and t == 1:
         z_pos, metrics = mcmc_gradients(model, x, args, use_ebm)
     opts["vae"].step()
     metrics["bound_nats"] = out["bound_nats"]
@@ -562,7 +564,7 @@ def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm
 
 
 def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
-                 world: int = 1) -> dict[str, Tensor]:
+                 world: int = 1, t: float = 1.0) -> dict[str, Tensor]:
     """One step of the stage that trains f alone, from with_encodings' x['q_<m>'] [b 2d]."""
     mu, scale = torch.stack([x[f"q_{m}"] for m in model.modalities]).chunk(2, -1)    # [m b d]
     draw = sample_laplace(mu, scale)
@@ -573,11 +575,10 @@ def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_e
 
 
 def chain_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
-               world: int = 1) -> dict[str, Tensor]:
+               world: int = 1, t: float = 1.0) -> dict[str, Tensor]:
     """encoded_step of --inference mcmc: z_pos are the ends of posterior chains under f."""
     v = sample_posterior(model, x, args, args.post_steps, use_ebm)
-    return ebm_step(model, v if args.ebm_on == "u" else v[:, :model.z_dim], opts["ebm"], args,
-                    world)
+    return ebm_step(model, v[:, :model.ebm.layers[0].in_features], opts["ebm"], args, world)
 
 
 def diverged(metrics: dict[str, Tensor], args, run) -> str:
@@ -644,7 +645,8 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
             share = 1 - step / total if args.decay else 1.0
             for key, rate in (("vae", args.lr), ("ebm", args.lr_ebm * 0.5**run.rollbacks)):
                 opts[key].param_groups[0]["lr"] = share * rate
-            metrics = step_fn(model, x, opts, args, use_ebm, run.world)
+            t = min(step / (args.cross_warmup * per_epoch), 1.0) if args.cross_warmup else 1.0
+            metrics = step_fn(model, x, opts, args, use_ebm, run.world, t)
             step += 1
             due, logged = run.checkpoint_due(), step % args.log_every == 0 or step == total
             reason = diverged(metrics, args, run) if due or logged else ""
@@ -752,10 +754,9 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
         joint = common.coherence_joint(lambda b: joint_images(model, draw(b)), judges,
                                        min(n, args.n_eval), args.eval_batch)
         metrics |= {f"{key}_{name}": value for key, value in joint.items()}
-    single = [(m,) for m in test.modalities]
     for steps in dict.fromkeys((0, args.post_steps)):
         cross = common.coherence_cross(lambda x, t: generate(x, t, n_steps=steps), few, judges,
-                                       args.eval_batch, subsets=single)
+                                       args.eval_batch, subsets=[(m,) for m in test.modalities])
         metrics[f"coherence_cross_1_langevin{steps}"] = cross["coherence_cross_1"]
     return metrics
 
@@ -823,9 +824,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             model.load_state_dict(run.load(args.checkpoint, free_flags(args), 2)["model"])
         else:
             train(model, sets["train"], args, run)
-        test = sets["test"].head(args.n_eval)
-        metrics = evaluate(model, sets["train"], test, args, run)
-        return run.finish(metrics, sets["train"].note, len(test))
+        train_set, test = sets["train"], sets["test"].head(args.n_eval)
+        return run.finish(evaluate(model, train_set, test, args, run), train_set.note, len(test))
 
 
 if __name__ == "__main__":

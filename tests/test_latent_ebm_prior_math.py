@@ -82,7 +82,8 @@ def test_a_pixel_far_below_its_target_is_pulled_as_hard_as_a_near_one(net, shape
     grads = []
     for value in (-50.0, -5.0):
         torch.nn.init.constant_(bias, value)
-        lep.log_lik(torch.full((2, *shape), 0.5), decode(torch.randn(2, 4)), 0.75).sum().backward()
+        lep.log_lik(torch.full((2, *shape), 0.5), decode(torch.randn(2, 4)),
+                    options()).sum().backward()
         grads.append(bias.grad)
         bias.grad = None
     assert torch.equal(*grads) and grads[0].min() > 0
@@ -104,8 +105,9 @@ def test_densities_are_those_of_torch():
         args = options("--base", base, "--base_scale", "1.7")
         assert torch.allclose(lep.log_base(z, args), dist(0.0, 1.7).log_prob(z).sum(-1))
     x, mean = torch.rand(5, 3, 2, 2), torch.randn(7, 5, 3, 2, 2)
-    ours = lep.log_lik(x, mean, 0.75)
-    assert torch.allclose(ours, Laplace(mean, 0.75).log_prob(x).sum((-1, -2, -3)))
+    for name, dist in (("laplace", Laplace), ("normal", Normal)):
+        ours = lep.log_lik(x, mean, options("--decoder_dist", name, "--decoder_scale", "0.4"))
+        assert torch.allclose(ours, dist(mean, 0.4).log_prob(x).sum((-1, -2, -3)), rtol=1e-4)
 
 
 def test_laplace_samples_have_the_right_law_and_gradient():
@@ -149,21 +151,24 @@ def test_prior_gradient_is_that_of_the_prior(flags):
 
 
 # ---- Bounds --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", [
-    (), ("--beta", "2.5", "--rescale"), ("--objective", "iwae", "--k", "3"), ("--no-private",),
-    ("--ebm_on", "u", "--base", "gaussian")])
-def test_objective_is_the_sum_over_experts_written_out(flags, monkeypatch):
+@pytest.mark.parametrize("t, flags", [
+    (1, ()), (1, ("--beta", "2.5", "--rescale")), (1, ("--objective", "iwae", "--k", "3")),
+    (1, ("--no-private",)), (1, ("--ebm_on", "u", "--base", "gaussian")),
+    (1, ("--decoder_dist", "normal")), (0.4, ("--beta", "2.5", "--objective", "iwae", "--k", "3"))])
+def test_objective_is_the_sum_over_experts_written_out(t, flags, monkeypatch):
+    """t < 1: no expert explains its own modality, scales and beta are t times theirs (D9)."""
     model, x, args = build(*flags)
+    likelihood = Laplace if args.decoder_dist == "laplace" else Normal
     monkeypatch.setattr(lep, "sample_laplace", lambda mu, s: mu + s * torch.linspace(
         -1, 2, mu.shape[1], dtype=mu.dtype).reshape(-1, 1, 1) if mu.ndim == 4 else mu + s)
-    ours = lep.objective(model, x, args, True)
+    ours = lep.objective(model, x, args, True, t)
     mu_z, s_z, mu_w, s_w = (p.detach() for p in model.encode(x))
     names, d_w, total = list(SHAPES), model.w_dim, 0.0
     shift = torch.linspace(-1, 2, args.k, dtype=torch.float64)
     for m in range(3):
         log_w = []
         for k in range(args.k):
-            z, w = mu_z[m] + shift[k] * s_z[m], mu_w + shift[k] * s_w      # [b d], [n b d]
+            z, w = mu_z[m] + shift[k] * t * s_z[m], mu_w + shift[k] * t * s_w
             log_p = lep.log_base(z, args) + Laplace(0, 1).log_prob(w[m]).sum(-1)
             u = z if args.ebm_on == "z" else torch.cat([z, *w], 1)
             log_p = log_p + model.ebm(u)
@@ -171,12 +176,12 @@ def test_objective_is_the_sum_over_experts_written_out(flags, monkeypatch):
             log_q = q.mean(0).log() + Laplace(mu_w[m], s_w[m]).log_prob(w[m]).sum(1)
             lik = 0.0
             for n, name in enumerate(names):
-                aux = shift[k] * lep.sum_to_dim(model.aux[n])
+                aux = shift[k] * t * lep.sum_to_dim(model.aux[n])
                 code = w[n] if n == m else aux.expand(5, d_w)
                 mean = model.decoders[name](torch.cat([code, z], 1))
-                log_p_n = Laplace(mean, 0.75).log_prob(x[name]).sum((1, 2, 3))
-                lik = lik + model.weight[name] * log_p_n
-            log_w.append(lik + args.beta * (log_p - log_q))
+                log_p_n = likelihood(mean, 0.75).log_prob(x[name]).sum((1, 2, 3))
+                lik = lik + model.weight[name] * log_p_n * (t == 1 or n != m)
+            log_w.append(lik + t * args.beta * (log_p - log_q))
         total = total + (torch.stack(log_w).logsumexp(0) - math.log(args.k)) / 3
     expected = total.mean()
     assert ours["bound_nats"].item() == pytest.approx(expected.item(), rel=1e-9)

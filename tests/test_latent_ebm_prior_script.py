@@ -177,10 +177,22 @@ def test_rates_decay_to_zero_along_a_stage(paired, monkeypatch):
     assert seen == [pytest.approx([0.02 * i, 0.01 * i]) for i in (4, 3, 2, 1)]
 
 
+def test_cross_warmup_anneals_over_its_epochs_of_the_first_stage(paired, monkeypatch):
+    seen, step = [], lep.train_step
+
+    def remember(*args):
+        seen.append(args[-1])
+        return step(*args)
+
+    monkeypatch.setattr(lep, "train_step", remember)
+    lep.main(flags(paired, "--cross_warmup", "2"))                         # of 3, 5 steps each
+    assert seen == pytest.approx([*(i / 10 for i in range(10)), 1, 1, 1, 1, 1])
+
+
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
     options = ["--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",
-               "6"]
+               "6", "--cross_warmup", "3", "--decoder_dist", "normal"]     # 9: still in it
     run_dir, whole_dir = folder_of(paired), folder_of(paired, "whole")
     for stage, more in (("vae", []), ("ebm", ["--resume"])):
         process = script(flags(paired, *options, *more))
@@ -217,7 +229,8 @@ def test_two_processes_train_as_one_at_the_same_global_batch(paired):
     (["--dataset", "mnits"], "--dataset"), (["--lr_ebm", "0"], "--lr_ebm"),
     (["--rho", "1.5"], "--rho"), (["--k", "0"], "--k"), (["--k", "2"], "--objective"),
     (["--objective", "dreg", "--ebm_on", "u"], "--ebm_on"), (["--bound", "-1"], "--bound"),
-    (["--prior_step_size", "nan"], "--prior_step_size"), (["--base", "cauchy"], "--base")])
+    (["--prior_step_size", "nan"], "--prior_step_size"), (["--base", "cauchy"], "--base"),
+    (["--cross_warmup", "99"], "--cross_warmup")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         lep.main([*arguments, "--out_dir", str(tmp_path)])
