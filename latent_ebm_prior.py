@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-4)
     flag("--decay", action=switch, default=False, help="rates go down to 0 along a stage, linearly")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of both signs")
-    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0, help="of f: rollback")
+    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0, help="gap to roll back")
     flag("--inference", default="amortised", choices=["amortised", "mcmc"])
     flag("--rho", type=number(float, 0, 1), default=0.5, help="weight of the chain for decoders")
     flag("--phi", default="elbo", choices=["elbo", "teach"], help="what trains the encoders")
@@ -390,7 +390,7 @@ def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: floa
 
 def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool, t: float = 1.0) -> dict:
     """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]};
-    with use_ebm both lack -beta log Z, so that they are bounds only under p0."""
+    with use_ebm both lack -beta log Z, so that they are bounds only under p0. t < 1: D9."""
     q, beta = model.encode(x), t * args.beta
     mu_z, scale_z, mu_w, scale_w = (repeat(p, "m b d -> m k b d", k=args.k) for p in q)
     z, w = sample_laplace(mu_z, t * scale_z), sample_laplace(mu_w, t * scale_w)

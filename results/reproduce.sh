@@ -55,6 +55,9 @@ ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
 latent_ebm_prior synth_polymnist no-sigmoid 0 --no-sigmoid
 latent_ebm_prior polymnist10 three-modalities 0 --n_modalities 3 --n_train 30000 --net mlp --z_dim 16 --w_dim 16 --decoder_scale 0.4 --batch_size 64 --decay --lr 1e-3 --beta 1 --objective dreg --k 3 --epochs_vae 15 --ebm_warmup 15 --epochs_ebm 3 --lr_ebm 1e-3 --n_eval 5000
+jnf polymnist 3000-steps 0 --net conv --z_dim 32 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --n_eval 1000
+latent_ebm_prior polymnist cross-warmup 0 --net patch --width 32 --z_dim 16 --w_dim 32 --decoder_dist normal --decoder_scale 0.15 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
+latent_ebm_prior polymnist cross-warmup-wide 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 3 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
@@ -120,6 +123,7 @@ ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
+    for seed in {3..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
 }
 
 end=$(($(date +%s) + minutes * 60))
