@@ -7,7 +7,7 @@ modalities that disagree. An energy-based prior on z, learned with short-run Lan
 them; a second Langevin chain can bring the encoder's samples nearer to the true posterior.
 
 Model       p_a(z) = exp(f(z)) p0(z) / Z(a)     f = NEGATIVE energy; p0 Laplace(0, 1) or Normal
-            p(w_m) = Laplace(0, 1);  p(x_m|z, w_m) = Laplace(decoder_m(z, w_m), 0.75)
+            p(w_m) = Laplace(0, 1);  p(x_m|z, w_m) = Laplace or Normal(decoder_m(z, w_m), 0.75)
             q(z|x) = 1/M sum_m q_m(z|x_m),  q_m(z|x_m) and q_m(w|x_m) Laplace;  scales sum to dim
             r_m(w) = Laplace(0, s_m): stands for w_m where x_m is drawn from another modality's z
 Symbols     z, w [b d]; m, j modality (experts first: [m k b d]), k importance sample, b batch;
@@ -44,7 +44,7 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D8 decoders end without a sigmoid (the synthetic presets': --sigmoid): a pixel that it saturates
      never comes back, because the gradient of a Laplace likelihood does not grow with the error
   D9 --cross_warmup: in these first epochs latents explain the other modalities alone, and beta and
-     the scales of q and r_n grow from 0 to theirs; else real PolyMNIST's z stays blind to digits
+     the draws' scales grow from 0 (no bound yet); else real PolyMNIST's z stays blind to digits
 """
 import argparse
 import math
@@ -133,8 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--objective elbo has --k 1, not {args.k}; give --objective iwae or dreg")
     if args.objective == "dreg" and args.ebm_on == "u":
         p.error("--objective dreg is for --ebm_on z")
-    if args.cross_warmup > args.epochs_vae:
-        p.error("--cross_warmup: at most --epochs_vae")
+    if args.cross_warmup > min(args.ebm_warmup, max(args.epochs_vae - 1, 0)):
+        p.error("--cross_warmup: give as many --ebm_warmup and more --epochs_vae")
     if args.prior == "ebm" and not args.epochs_ebm and args.ebm_warmup >= args.epochs_vae > 0:
         p.error("f would never train: give --epochs_ebm, or --ebm_warmup below --epochs_vae")
     return args

@@ -123,7 +123,7 @@ ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
-    for seed in {3..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
+    for seed in {1..10}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
 }
 
 end=$(($(date +%s) + minutes * 60))

@@ -185,14 +185,15 @@ def test_cross_warmup_anneals_over_its_epochs_of_the_first_stage(paired, monkeyp
         return step(*args)
 
     monkeypatch.setattr(lep, "train_step", remember)
-    lep.main(flags(paired, "--cross_warmup", "2"))                         # of 3, 5 steps each
+    lep.main(flags(paired, "--cross_warmup", "2", "--ebm_warmup", "2"))   # of 3, 5 steps each
     assert seen == pytest.approx([*(i / 10 for i in range(10)), 1, 1, 1, 1, 1])
 
 
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
     options = ["--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",
-               "6", "--cross_warmup", "3", "--decoder_dist", "normal"]     # 9: still in it
+               "6", "--cross_warmup", "3", "--ebm_warmup", "3", "--decoder_dist",
+               "normal"]                                               # 9: still in it
     run_dir, whole_dir = folder_of(paired), folder_of(paired, "whole")
     for stage, more in (("vae", []), ("ebm", ["--resume"])):
         process = script(flags(paired, *options, *more))
@@ -230,7 +231,8 @@ def test_two_processes_train_as_one_at_the_same_global_batch(paired):
     (["--rho", "1.5"], "--rho"), (["--k", "0"], "--k"), (["--k", "2"], "--objective"),
     (["--objective", "dreg", "--ebm_on", "u"], "--ebm_on"), (["--bound", "-1"], "--bound"),
     (["--prior_step_size", "nan"], "--prior_step_size"), (["--base", "cauchy"], "--base"),
-    (["--cross_warmup", "99"], "--cross_warmup")])
+    (["--cross_warmup", "12"], "--cross_warmup"),
+    (["--cross_warmup", "2", "--ebm_warmup", "1"], "--cross_warmup")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         lep.main([*arguments, "--out_dir", str(tmp_path)])
