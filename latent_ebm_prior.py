@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-4)
     flag("--decay", action=switch, default=False, help="rates go down to 0 along a stage, linearly")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of both signs")
-    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0, help="gap to roll back")
+    flag("--max_gap", type=number(float, 0, open_low=True), default=50.0, help="rollback at |gap|")
     flag("--inference", default="amortised", choices=["amortised", "mcmc"])
     flag("--rho", type=number(float, 0, 1), default=0.5, help="weight of the chain for decoders")
     flag("--phi", default="elbo", choices=["elbo", "teach"], help="what trains the encoders")

@@ -166,25 +166,26 @@ def test_one_rollback_cures_a_broken_step_and_the_run_ends(paired, monkeypatch):
     assert json.loads((folder_of(paired) / "result.json").read_text())["rollbacks"] == 1
 
 
-def test_rates_decay_to_zero_along_a_stage(paired, monkeypatch):
+def seen_by_steps(monkeypatch, look):
+    """A list that gets look(arguments) of every train_step from now on."""
     seen, plain = [], lep.train_step
 
-    def remember(model, x, opts, *rest):
-        seen.append([opt.param_groups[0]["lr"] for opt in opts.values()])
-        return plain(model, x, opts, *rest)
+    def remember(*arguments):
+        seen.append(look(arguments))
+        return plain(*arguments)
     monkeypatch.setattr(lep, "train_step", remember)
+    return seen
+
+
+def test_rates_decay_to_zero_along_a_stage(paired, monkeypatch):
+    seen = seen_by_steps(monkeypatch, lambda arguments: [
+        opt.param_groups[0]["lr"] for opt in arguments[2].values()])
     lep.main(flags(paired, "--decay", "--max_steps", "4", "--lr", "0.08", "--lr_ebm", "0.04"))
     assert seen == [pytest.approx([0.02 * i, 0.01 * i]) for i in (4, 3, 2, 1)]
 
 
 def test_cross_warmup_anneals_over_its_epochs_of_the_first_stage(paired, monkeypatch):
-    seen, step = [], lep.train_step
-
-    def remember(*args):
-        seen.append(args[-1])
-        return step(*args)
-
-    monkeypatch.setattr(lep, "train_step", remember)
+    seen = seen_by_steps(monkeypatch, lambda arguments: arguments[-1])     # t
     lep.main(flags(paired, "--cross_warmup", "2", "--ebm_warmup", "2"))   # of 3, 5 steps each
     assert seen == pytest.approx([*(i / 10 for i in range(10)), 1, 1, 1, 1, 1])
 
