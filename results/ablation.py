@@ -5,7 +5,9 @@
 Trains and evaluates each variant with the other flags as given, prints a table, and writes it to
 <out_dir>/ablation/<dataset>/<seed>.json. Called again it reads the finished variants and resumes
 the one that broke off. `revised` and `initial` start at the generator, `noise` at noise: a variant
-whose chains were trained from noise is to be judged by the last.
+whose chains were trained from noise is to be judged by the last. The --warmup, which is the same in
+most variants, is trained once: they go on from its end (row `VAE alone`), bit for bit as if each
+had trained it. With --overwrite each does.
 """
 import argparse
 import json
@@ -13,11 +15,14 @@ import math
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common                                                               # noqa: E402
+import data                                                                 # noqa: E402
 import ebm_revision                                                         # noqa: E402
 
-VARIANTS = {
+VARIANTS = {                                                # what each adds to the command's flags
     "full": [], "x from noise": ["--x_init", "noise"], "z from noise": ["--z_init", "noise"],
     "both from noise": ["--x_init", "noise", "--z_init", "noise"],
     "z from q": ["--z_init", "random"], "staged": ["--staged"],
@@ -25,10 +30,25 @@ VARIANTS = {
     **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
     "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
     "additive": ["--fusion", "additive"], "mixture NLL": ["--nll", "mixture"]}
+WARMUP = "VAE alone"                                        # and these change it:
+NO_BRANCH = ("additive", "mixture NLL")
 # flags in which a finished run may differ: none that changes a number
-FREE = ("out_dir", "judges", "resume", "overwrite", "device", "log_every", "ckpt_minutes")
+FREE = ("out_dir", "judges", "resume", "overwrite", "checkpoint", "device", "log_every",
+        "ckpt_minutes")
 KEYS = [f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", "cross_1",
                                        "cross_1_initial")]
+
+
+def branch(checkpoint: Path, argv: list[str]) -> list[str]:
+    """argv to continue a checkpoint of other flags: its copy in argv's folder says argv's."""
+    args = ebm_revision.parse_args(argv)
+    kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    kept["flags"] = json.dumps(vars(args), default=str)
+    copy = Path(args.out_dir) / "warmup.pt"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with common.atomic_write(copy) as file:
+        torch.save(kept, file)
+    return [*argv, "--resume", "--checkpoint", str(copy)]
 
 
 def main(argv: list[str]) -> dict[str, dict[str, float]]:
@@ -39,21 +59,35 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
     args = ebm_revision.parse_args(argv)
     root, table = Path(args.out_dir) / "ablation" / args.dataset, {}
     argv = [*(a for a in argv if a != "--resume"), "--judges", args.judges or str(root / "judges")]
-    for name in chosen.variants:
-        own = [*argv, *VARIANTS[name], "--out_dir", str(root / name.replace(" ", "_"))]
-        run = Path(own[-1]) / "ebm_revision" / args.dataset / str(args.seed)
-        again = (run / "checkpoint.pt").exists() and not args.overwrite
-        if again and (run / "result.json").exists():
-            kept, new = json.loads((run / "config.json").read_text()), ebm_revision.parse_args(own)
+
+    def run(name, more, warm=None):                         # its metrics and folder
+        own = [*argv, *more, "--out_dir", str(root / name.replace(" ", "_"))]
+        done = Path(own[-1]) / "ebm_revision" / args.dataset / str(args.seed)
+        again = (done / "checkpoint.pt").exists() and not args.overwrite
+        if again and (done / "result.json").exists():
+            kept, new = json.loads((done / "config.json").read_text()), ebm_revision.parse_args(own)
             other = [flag for flag, value in vars(new).items()
                      if kept.get(flag) != value and flag not in FREE]
             if other:
-                raise common.RunError(f"{run} had another --{other[0]}: give --overwrite, or "
+                raise common.RunError(f"{done} had another --{other[0]}: give --overwrite, or "
                                       "another --out_dir")
-            found = json.loads((run / "result.json").read_text())["metrics"]
-        else:
-            found = ebm_revision.main([*own, *["--resume"] * again])
-        table[name] = {key: found[key] for key in KEYS if key in found}
+            return json.loads((done / "result.json").read_text())["metrics"], done
+        if again:
+            own = [*own, "--resume"]
+        elif warm:
+            own = branch(warm, own)
+        return ebm_revision.main(own), done
+
+    warm = None
+    if args.warmup and not args.overwrite and set(chosen.variants) - set(NO_BRANCH):
+        n = len(data.load(args.dataset, "train", args.data_dir, n=args.n_train,
+                          n_modalities=args.n_modalities))
+        steps = args.warmup * max(n // args.batch_size, 1)
+        table[WARMUP], done = run(WARMUP, ["--max_steps", str(steps)])
+        warm = done / "checkpoint.pt"
+    for name in chosen.variants:
+        table[name], _ = run(name, VARIANTS[name], None if name in NO_BRANCH else warm)
+    table = {name: {key: row[key] for key in KEYS if key in row} for name, row in table.items()}
     print(f"{'variant':18s}" + "".join(f"{key[10:]:>17s}" for key in KEYS))
     for name, row in table.items():
         print(f"{name:18s}" + "".join(f"{row.get(key, math.nan):17.3f}" for key in KEYS))

@@ -161,10 +161,10 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
     runs = [json.loads(path.read_text()) for path in sorted(paths)]
     rows = ["| " + " | ".join([name, *(title for title, _ in columns)]) + " |",
             "|" + "---|" * (len(columns) + 1)]
-    for variant in runs[0] if runs else []:
+    for variant in dict.fromkeys(variant for run in runs for variant in run):
         cells = []
         for _, key in columns:
-            values = [run[variant][key] for run in runs if key in run[variant]]
+            values = [run[variant][key] for run in runs if key in run.get(variant, {})]
             half = 1.96 * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else None
             cells.append("" if not values else f"{statistics.mean(values):.3f}"
                          + (f" ± {half:.3f}" if half is not None else ""))

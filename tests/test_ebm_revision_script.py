@@ -151,12 +151,13 @@ def test_two_processes(paired):
 def test_ablation_prints_every_variant_and_goes_on_where_it_broke_off(paired, capsys, monkeypatch):
     sys.path.insert(0, str(ROOT / "results"))
     import ablation
-    monkeypatch.setattr(ablation, "VARIANTS", {k: ablation.VARIANTS[k] for k in
-                                               ("both from noise", "staged", "k_x 0")})
+    monkeypatch.setattr(ablation, "VARIANTS", {k: ablation.VARIANTS[k] for k in (
+        "both from noise", "staged", "k_x 0", "mixture NLL")})
     table = ablation.main(flags(paired, "--epochs", "2"))
     out = capsys.readouterr().out
-    assert all(f"\n{name}" in out for name in ablation.VARIANTS)
+    assert all(f"\n{name}" in out for name in (ablation.WARMUP, *ablation.VARIANTS))
     root = paired / "runs/ablation/paired"
+    assert len(lines(root / "both_from_noise/ebm_revision/paired/0")) == 2    # after the warm-up
     run = root / "staged/ebm_revision/paired/0"
     (run / "result.json").unlink()                              # as if it had broken off there
     assert ablation.main(flags(paired, "--epochs", "2")) == table
@@ -166,6 +167,18 @@ def test_ablation_prints_every_variant_and_goes_on_where_it_broke_off(paired, ca
         ablation.main(flags(paired, "--epochs", "3", "--variants", "staged"))
     with pytest.raises(common.RunError, match="--eval_batch"):
         ablation.main(flags(paired, "--epochs", "2", "--eval_batch", "7", "--variants", "staged"))
+
+
+@pytest.mark.parametrize("name", ["x from noise", "additive"])
+def test_a_variant_that_shares_the_warmup_is_the_run_of_its_flags(paired, name):
+    sys.path.insert(0, str(ROOT / "results"))
+    import ablation
+    ablation.main(flags(paired, "--variants", name))
+    ebm_revision.main(flags(paired, *ablation.VARIANTS[name]))
+    ends = [torch.load(folder / "ebm_revision/paired/0/checkpoint.pt", weights_only=True) for folder
+            in (paired / "runs/ablation/paired" / name.replace(" ", "_"), paired / "runs")]
+    first, second = ([*end["state"]["model"].values(), end["rng"]["torch"]] for end in ends)
+    assert all(map(torch.equal, first, second)) and len(first) == len(second)
 
 
 @pytest.mark.parametrize("arguments, words", [
