@@ -35,10 +35,10 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
   D3 a chain started at noise has no latent: its terms of steps 3 and 4 are left out
   D4 the z chain has 1 / (2 sigma^2) (theirs 1 / sigma^2); X~ of step 1 is reused in 5 (theirs runs
      the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
-  D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q*(z|X) ~ p(z)^(1-M)
-     prod_m q_m(z|x_m), each expert by -log q_m(z|x_m) on its z. Training's z chains start from
-     q*, too; from the mixture (--z_init random), as all do at test, they have to be longer:
-     at 5 steps training collapsed. Wide sigma, so that q* fills the prior; Adam with momentum
+  D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q* (`product`), each
+     expert by -log q_m(z|x_m) on its z. Training's z chains start from q*, too; from the mixture
+     (--z_init random), as all do at test, they have to be longer: at 5 steps training collapsed.
+     Wide sigma, so that q* fills the prior; Adam with momentum
   D6 --mixed: last epochs (synthetic pairs: one) for the EBM alone, half its chains from tuples of
      data with shuffled modalities; without (0), it does not tell matched from mixed tuples
 """
@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -58,12 +59,12 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-FULL = dict(z_dim=64, width=64, net="conv", sigma=0.3, batch_size=100, epochs=100, warmup=0,
+FULL = dict(z_dim=64, width=64, net="resnet", sigma=0.3, batch_size=100, epochs=100, warmup=0,
             x_steps=30, x_step_size=0.5, z_steps=10, lr_ebm=1e-4, lr_gen=3e-4, lr_enc=1e-4,
             gamma=0.998, weight_decay=5e-4, z_init="random")                # steps, rates: theirs
 PRESETS = {"synth_mnist_svhn": dict(epochs=21, mixed=1, x_steps_test=60), "synth_polymnist": {},
-           "mnist_svhn": FULL, "cub": FULL,
-           "polymnist": FULL, "polymnist10": dict(FULL, n_modalities=10)}
+           "mnist_svhn": FULL, "cub": FULL, "polymnist": FULL,
+           "polymnist10": dict(FULL, n_modalities=10)}
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = p.add_argument_group("model").add_argument
     flag("--z_dim", type=number(int, 1), default=16)
     flag("--width", type=number(int, 4), default=8, help="channels; MLP: 32 times that")
-    flag("--net", default="mlp", choices=["mlp", "conv"], help="of images; mlp: 28 or 32 pixels")
+    flag("--net", default="mlp", choices=["mlp", "resnet"], help="of images")
     flag("--fusion", default="late", choices=["late", "early", "additive"], help="of the energy")
     flag("--decoder_dist", default="normal", choices=["normal", "laplace"])
     flag("--sigma", type=number(float, 0, open_low=True), default=2.0, help="scale of p(x|z)")
@@ -129,9 +130,24 @@ def mlp(*sizes: int) -> list[nn.Module]:
     return sum(map(list, layers), [])[:-1]
 
 
+class ResBlock(nn.Module):
+    """[b a h w] -> [b out h' w']: shortcut plus two convolutions; half the size, or up: twice."""
+
+    def __init__(self, a: int, out: int, up: bool = False):
+        super().__init__()
+        self.up, self.skip = up, nn.Conv2d(a, out, 1)
+        self.body = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(a, out, 3, 1, 1), nn.LeakyReLU(0.2),
+                                  nn.Conv2d(out, out, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2) if self.up else x
+        x = self.skip(x) + self.body(x)
+        return x if self.up else F.avg_pool2d(x, 2)
+
+
 def trunk(shape: tuple[int, ...], width: int, net: str) -> tuple[nn.Module, int]:
-    """State of shape (c, h, w) or (l, v) -> features [b f], and f. Images: 2 linear layers (mlp),
-    or 3 stride-2 convolutions, 4 for 64 pixels. Text: embedded, two 1-D convolutions, mean."""
+    """State of shape (c, h, w) or (l, v) -> features [b f], and f. Images: 2 linear layers (mlp) or
+    2 residual blocks. Text: embedded, two 1-D convolutions, mean."""
     if len(shape) == 2:
         return nn.Sequential(
             nn.Softmax(-1), nn.Linear(shape[1], 128, bias=False), Rearrange("b l e -> b e l"),
@@ -140,11 +156,9 @@ def trunk(shape: tuple[int, ...], width: int, net: str) -> tuple[nn.Module, int]
     if net == "mlp":
         f = 32 * width
         return nn.Sequential(nn.Flatten(), *mlp(math.prod(shape), f, f), nn.LeakyReLU(0.2)), f
-    layers, c, size = [], shape[0], shape[1]
-    for i in range(3 if size <= 32 else 4):
-        layers += [nn.Conv2d(c, width * 2**i, 4, 2, 1), nn.LeakyReLU(0.2)]
-        c, size = width * 2**i, size // 2
-    return nn.Sequential(*layers, nn.Flatten()), c * size * (shape[2] // 2**(i + 1))
+    a, b, c = width, 2 * width, 4 * width
+    return nn.Sequential(nn.Conv2d(shape[0], a, 3, 1, 1), ResBlock(a, b), ResBlock(b, c),
+                         nn.LeakyReLU(0.2), nn.Flatten()), c * (shape[1] // 4) * (shape[2] // 4)
 
 
 class Encoder(nn.Module):
@@ -161,22 +175,18 @@ class Encoder(nn.Module):
 
 
 def decoder(shape: tuple[int, ...], width: int, z_dim: int, net: str) -> nn.Sequential:
-    """z [b d] -> state: image in (-1, 1) by linear layers or transposed convolutions, or logits."""
+    """z [b d] -> state: image in (-1, 1) by linear layers or residual blocks, or logits."""
     if len(shape) == 2:
         return nn.Sequential(*mlp(z_dim, 512, shape[0] * shape[1]), nn.Unflatten(1, shape))
     if net == "mlp":
         f = 32 * width
         return nn.Sequential(*mlp(z_dim, f, f, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
-    n_up = 2 if shape[1] <= 32 else 3
-    if any(side % 2**n_up for side in shape[1:]):
-        raise ValueError(f"--net conv needs sides that are multiples of {2**n_up}, not {shape}")
-    c, h, w = width * 2**n_up, shape[1] // 2**n_up, shape[2] // 2**n_up
-    layers = [nn.Linear(z_dim, c * h * w), nn.LeakyReLU(0.2), nn.Unflatten(1, (c, h, w)),
-              nn.Conv2d(c, c, 3, 1, 1), nn.LeakyReLU(0.2)]
-    for _ in range(n_up):
-        layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1), nn.LeakyReLU(0.2)]
-        c //= 2
-    return nn.Sequential(*layers, nn.Conv2d(c, shape[0], 3, 1, 1), nn.Tanh())
+    if any(side % 4 for side in shape[1:]):
+        raise ValueError(f"--net resnet needs sides that are multiples of 4, not {shape}")
+    c, h, w = 4 * width, shape[1] // 4, shape[2] // 4
+    return nn.Sequential(nn.Linear(z_dim, c * h * w), nn.Unflatten(1, (c, h, w)),
+                         ResBlock(c, c // 2, up=True), ResBlock(c // 2, width, up=True),
+                         nn.LeakyReLU(0.2), nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
 
 
 class Energy(nn.Module):
@@ -208,8 +218,7 @@ class Energy(nn.Module):
     def forward(self, state: dict[str, Tensor]) -> Tensor:
         if self.fusion == "early":
             state = {"all": torch.cat(list(state.values()), 1)}
-        h = torch.cat([net(state[m]) for m, net in self.trunks.items()], 1)
-        return self.head(h).sum(1)
+        return self.head(torch.cat([net(state[m]) for m, net in self.trunks.items()], 1)).sum(1)
 
 
 class Revision(nn.Module):
@@ -229,10 +238,9 @@ class Revision(nn.Module):
 
     def to_state(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images [0, 1] -> [-1, 1]; tokens -> log probabilities, a one-hot smoothed by 0.05."""
-        def words(v, n):
-            return (0.95 * F.one_hot(v, n).float() + 0.05 / n).log()
-        return {m: 2 * v - 1 if v.is_floating_point() else words(v, self.shapes[m][1])
-                for m, v in x.items()}
+        return {m: 2 * v - 1 if v.is_floating_point() else (
+            0.95 * F.one_hot(v, n := self.shapes[m][1]).float() + 0.05 / n).log()
+            for m, v in x.items()}
 
     def to_data(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse: images clamped to [0, 1], tokens by argmax."""
@@ -241,12 +249,6 @@ class Revision(nn.Module):
 
 
 # ---- Densities and losses ------------------------------------------------------------------------
-def log_normal(z: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
-    """log N(z; mu, diag exp(log_var)), summed over the last axis: [... d] -> [...]."""
-    log_p = -0.5 * ((z - mu) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi))
-    return log_p.sum(-1)
-
-
 def log_lik(state: dict[str, Tensor], mean: dict[str, Tensor], sigma: float, dist: str) -> Tensor:
     """log p(X|z) [b] up to a constant, sum over the modalities in state.
 
@@ -271,7 +273,8 @@ def nll_q(z: Tensor, experts: list[tuple[Tensor, Tensor]], mode: str) -> Tensor:
     on its own row if there are rows; it teaches every expert to cover the posterior.
     """
     rows = z if z.ndim == 3 else z[None]
-    log_q = torch.stack([log_normal(rows, *expert) for expert in experts], 1)      # [rows k b]
+    log_q = torch.stack([Normal(mu, (lv / 2).exp(), validate_args=False).log_prob(rows).sum(-1)
+                         for mu, lv in experts], 1)                         # [rows k b]
     if mode == "mixture":
         return (math.log(len(experts)) - log_q.logsumexp(1)).mean(0)
     return -(log_q[0].mean(0) if z.ndim == 2 else log_q.diagonal().mean(1))
@@ -299,11 +302,10 @@ def loss_warmup(model: nn.Module, state, args) -> Tensor:
 def loss_generator(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
     """-l_rec log p(X|z_rev) - l_syn log p(X_rev|z), means over the batch: of z_rev
     and the state it is of, which may be k b items, and of z."""
-    loss = -args.l_rec * log_lik(state, model.generate(z_rev), args.sigma, args.decoder_dist).mean()
-    if x_rev is not None:
-        syn = log_lik(x_rev, model.generate(z), args.sigma, args.decoder_dist).mean()
-        loss = loss - args.l_syn * syn
-    return loss
+    rec = log_lik(state, model.generate(z_rev), args.sigma, args.decoder_dist).mean()
+    syn = 0.0 if x_rev is None else log_lik(x_rev, model.generate(z), args.sigma,
+                                            args.decoder_dist).mean()
+    return -args.l_rec * rec - args.l_syn * syn
 
 
 def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
@@ -357,6 +359,12 @@ def frozen(net: nn.Module):
             p.requires_grad_(grad)
 
 
+def unpack(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[b n] -> tensors of like's shapes, which stood side by side in it."""
+    parts = flat.split([v[0].numel() for v in like.values()], 1)
+    return {m: part.reshape(v.shape) for (m, v), part in zip(like.items(), parts)}
+
+
 def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, observed=(),
              trace: list | None = None) -> dict[str, Tensor]:
     """n_steps of Langevin on exp f from state, jointly in all modalities but the observed ones,
@@ -365,16 +373,11 @@ def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, obser
     free = {m: v for m, v in state.items() if m not in observed}
     if not free or n_steps == 0:
         return state
-    sizes = [v[0].numel() for v in free.values()]
-
-    def unpack(flat):                                       # [b n] -> the whole state
-        parts = zip(free.items(), flat.split(sizes, 1))
-        return state | {m: part.reshape(v.shape) for (m, v), part in parts}
-
     x = torch.cat([v.flatten(1) for v in free.values()], 1)
     with frozen(ebm):
-        return unpack(langevin(lambda v: ebm(unpack(v)), x, n_steps, args.x_step_size,
-                               args.x_noise, trace))
+        x = langevin(lambda flat: ebm(state | unpack(flat, free)), x, n_steps, args.x_step_size,
+                     args.x_noise, trace)
+    return state | unpack(x, free)
 
 
 def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int, args) -> Tensor:
@@ -463,10 +466,9 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
 
 def make_optimizers(model: Revision, args, world: int) -> dict:
     """Adam for each net; gradients averaged over the ranks before a step."""
-    nets = {"gen": (model.decoders, args.lr_gen), "enc": (model.encoders, args.lr_enc),
-            "ebm": (model.ebm, args.lr_ebm)}
     opts = {}
-    for name, (net, lr) in nets.items():
+    for name, net, lr in (("gen", model.decoders, args.lr_gen), ("ebm", model.ebm, args.lr_ebm),
+                          ("enc", model.encoders, args.lr_enc)):
         params = list(net.parameters())
         betas, decay = ((0.0, 0.9), 0.0) if name == "ebm" else ((0.9, 0.999), args.weight_decay)
         opts[name] = torch.optim.Adam(params, lr, betas, weight_decay=decay, fused=True)
@@ -622,10 +624,8 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
                 "energy_revised": -model.ebm(end).mean().item()}
     revise_x(model.ebm, start, 4 * max(n, 1), args, trace=trace)
     flat = torch.stack(trace)                                               # [n b f]
-    sizes = [v[0].numel() for v in start.values()]
-    energy = torch.stack([-model.ebm({m: part.reshape(v.shape) for (m, v), part in
-                                      zip(start.items(), row.split(sizes, 1))}) for row in flat])
-    chosen = torch.linspace(0, sum(sizes) - 1, 64).long().to(flat.device)
+    energy = torch.stack([-model.ebm(unpack(row, start)) for row in flat])
+    chosen = torch.linspace(0, flat.shape[2] - 1, 64).long().to(flat.device)
     chains = rearrange(flat[:, :, chosen].cpu(), "n (b c) d -> n c (b d)", c=4)
     return metrics | common.chain_report(chains, run.dir / "diagnostics.png", energy=energy)
 

@@ -126,9 +126,6 @@ def test_a_chain_does_not_depend_on_who_shares_the_batch():
 
 # ---- Densities and losses ------------------------------------------------------------------------
 def test_log_densities():
-    z, mu, lv = torch.randn(3, 5, 4)
-    exact = torch.distributions.Normal(mu, (lv / 2).exp()).log_prob(z).sum(1)
-    assert torch.allclose(er.log_normal(z, mu, lv), exact, atol=1e-5)
     x, g = {"a": torch.randn(5, 2, 3, 3)}, {"a": torch.randn(5, 2, 3, 3)}
     y, h = x["a"].flatten(1), g["a"].flatten(1)
     exact = torch.distributions.Normal(h, 0.3).log_prob(y).sum(1)
@@ -142,13 +139,17 @@ def test_log_densities():
     assert torch.allclose(er.log_lik(hard, {"t": logits}, 0.3, "normal"), exact, atol=1e-4)
 
 
+def log_normal(z, mu, lv):
+    return -0.5 * ((z - mu) ** 2 / lv.exp() + lv + math.log(2 * math.pi)).sum(-1)
+
+
 def test_nll_of_the_mixture_is_exact_and_below_the_bound():
     experts = [(torch.randn(5, 3), torch.randn(5, 3)) for _ in range(3)]
     z, rows = torch.randn(5, 3), torch.randn(3, 5, 3)
-    p = torch.stack([er.log_normal(z, *e).exp() for e in experts])
+    p = torch.stack([log_normal(z, *e).exp() for e in experts])
     assert torch.allclose(er.nll_q(z, experts, "mixture"), -p.mean(0).log(), atol=1e-4)
     assert torch.allclose(er.nll_q(z, experts, "per_expert"), -p.log().mean(0), atol=1e-4)
-    own = -torch.stack([er.log_normal(rows[m], *experts[m]) for m in range(3)]).mean(0)
+    own = -torch.stack([log_normal(rows[m], *experts[m]) for m in range(3)]).mean(0)
     assert torch.allclose(er.nll_q(rows, experts, "per_expert"), own, atol=1e-4)
     mixture = torch.stack([er.nll_q(row, experts, "mixture") for row in rows]).mean(0)
     assert torch.allclose(er.nll_q(rows, experts, "mixture"), mixture, atol=1e-4)
@@ -235,7 +236,20 @@ def test_energy_step_raises_f_on_data_against_revised():
     assert gaps[-1] > gaps[0]
 
 
-@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_residual_block_with_an_idle_body_pools_or_repeats():
+    x = torch.randn(2, 3, 4, 6)
+    for up, exact in ((False, x.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))),
+                      (True, x.repeat_interleave(2, 2).repeat_interleave(2, 3))):
+        block = er.ResBlock(3, 3, up)
+        for p in (*block.body[-1].parameters(), block.skip.bias):
+            torch.nn.init.zeros_(p)
+        torch.nn.init.dirac_(block.skip.weight)
+        assert torch.allclose(block(x), exact, atol=1e-6)
+        torch.nn.init.ones_(block.body[-1].bias)                      # the body is added after it
+        assert torch.allclose(block(x), exact + 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", ["mlp", "resnet"])
 @pytest.mark.parametrize("fusion", ["late", "early", "additive"])
 def test_interaction_contrast_vanishes_only_for_the_additive_energy(fusion, net):
     shapes = {"a": (1, 28, 28), "b": (1, 28, 28)}
@@ -258,7 +272,7 @@ def test_text_state_round_trip_and_smoothing():
 
 
 @pytest.mark.parametrize("more", [["--z_init", "stratified"],
-                                  ["--net", "conv"], ["--nll", "mixture"], ["--rerun_chain"],
+                                  ["--net", "resnet"], ["--nll", "mixture"], ["--rerun_chain"],
                                   ["--x_init", "noise", "--z_init", "noise"],
                                   ["--z_init", "stratified", "--nll", "mixture"],
                                   ["--fusion", "additive", "--decoder_dist", "laplace"]])
