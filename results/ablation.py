@@ -35,8 +35,8 @@ NO_BRANCH = ("additive", "mixture NLL")
 # flags in which a finished run may differ: none that changes a number
 FREE = ("out_dir", "judges", "resume", "overwrite", "checkpoint", "device", "log_every",
         "ckpt_minutes")
-KEYS = [f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", "cross_1",
-                                       "cross_1_initial")]
+KEYS = [*(f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", "cross_1",
+                                         "cross_1_initial")), "frechet_clf", "frechet_clf_initial"]
 
 
 def branch(checkpoint: Path, argv: list[str]) -> list[str]:
@@ -78,19 +78,22 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
             own = branch(warm, own)
         return ebm_revision.main(own), done
 
-    warm = None
+    warm, train_set = None, data.load(args.dataset, "train", args.data_dir, n=args.n_train,
+                                      n_modalities=args.n_modalities)
     if args.warmup and not args.overwrite and set(chosen.variants) - set(NO_BRANCH):
-        n = len(data.load(args.dataset, "train", args.data_dir, n=args.n_train,
-                          n_modalities=args.n_modalities))
-        steps = args.warmup * max(n // args.batch_size, 1)
+        steps = args.warmup * max(len(train_set) // args.batch_size, 1)
         table[WARMUP], done = run(WARMUP, ["--max_steps", str(steps)])
         warm = done / "checkpoint.pt"
     for name in chosen.variants:
         table[name], _ = run(name, VARIANTS[name], None if name in NO_BRANCH else warm)
+    for row in table.values():                              # the mean over the modalities
+        for end in ("", "_initial"):
+            parts = [row.get(f"frechet_clf_{m}{end}") for m in train_set.modalities]
+            row |= {} if None in parts else {f"frechet_clf{end}": sum(parts) / len(parts)}
     table = {name: {key: row[key] for key in KEYS if key in row} for name, row in table.items()}
-    print(f"{'variant':18s}" + "".join(f"{key[10:]:>17s}" for key in KEYS))
+    print(f"{'variant':16s}" + "".join(f"{key.removeprefix('coherence_'):>20s}" for key in KEYS))
     for name, row in table.items():
-        print(f"{name:18s}" + "".join(f"{row.get(key, math.nan):17.3f}" for key in KEYS))
+        print(f"{name:16s}" + "".join(f"{row.get(key, math.nan):20.3f}" for key in KEYS))
     (root / f"{args.seed}.json").write_text(json.dumps(table, indent=1))
     return table
 

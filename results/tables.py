@@ -10,6 +10,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from scipy.stats import t as student
+
 ROOT = Path(__file__).resolve().parent.parent
 CROSS = [("given 1", "coherence_cross_1"), ("given 2", "coherence_cross_2")]
 TABLES = {       # name: (folder below results, [(column, metric)])
@@ -155,19 +157,21 @@ def draw_scaling(path: Path) -> None:
 
 
 def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
-    """Means with 95 % intervals over the seeds in results/ebm_revision/<folder>/<seed>.json, each
-    {variant: {metric: value}}."""
+    """Means with 95 % intervals (Student's t) over the seeds in results/ebm_revision/<folder>/
+    <seed>.json, each {variant: {metric: value}}."""
     paths = (ROOT / "results/ebm_revision" / folder).glob("*.json")
     runs = [json.loads(path.read_text()) for path in sorted(paths)]
-    rows = ["| " + " | ".join([name, *(title for title, _ in columns)]) + " |",
-            "|" + "---|" * (len(columns) + 1)]
+    rows = ["| " + " | ".join([name, *(title for title, _ in columns), "seeds"]) + " |",
+            "|" + "---|" * (len(columns) + 2)]
     for variant in dict.fromkeys(variant for run in runs for variant in run):
         cells = []
         for _, key in columns:
             values = [run[variant][key] for run in runs if key in run.get(variant, {})]
-            half = 1.96 * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else None
+            n = len(values)
+            half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else None
             cells.append("" if not values else f"{statistics.mean(values):.3f}"
                          + (f" ± {half:.3f}" if half is not None else ""))
+        cells.append(str(sum(variant in run for run in runs)))
         rows.append("| " + " | ".join([variant, *cells]) + " |")
     return "\n".join(rows)
 
@@ -245,6 +249,7 @@ def main() -> int:
                (("joint, revised", "joint"), ("initial", "joint_initial"),
                 ("from noise", "joint_noise"), ("given 1, revised", "cross_1"),
                 ("initial", "cross_1_initial"))]
+    ablated += [("Fréchet, revised", "frechet_clf"), ("initial", "frechet_clf_initial")]
     made |= {"comparison": comparison("synth_mnist_svhn"),
              "comparison_real": comparison("mnist_svhn"),
              "comparison_three": comparison("synth_polymnist", (1, 2)),

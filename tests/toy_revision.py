@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,9 +56,10 @@ def experiment(variant: str, seed: int, steps: int) -> tuple[dict[str, float], d
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval (Normal)."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.mean(values), 1.96 * spread / len(values)**0.5
+    """Mean and half width of the 95 % interval (Student's t)."""
+    n = len(values)
+    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
+    return statistics.mean(values), half
 
 
 def main(argv=None) -> dict[str, dict[str, tuple[float, float]]]:
