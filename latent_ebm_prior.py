@@ -41,7 +41,7 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
      p(w_n); drawing x_n from others then still takes w_n ~ p(w)
   D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
   D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
-  D8 decoders end without a sigmoid (the synthetic presets': --sigmoid): a pixel that it saturates
+  D8 decoders end without a sigmoid (synth_mnist_svhn's: --sigmoid): a pixel that it saturates
      never comes back, because the gradient of a Laplace likelihood does not grow with the error
   D9 --cross_warmup: in these first epochs latents explain the other modalities alone, and beta and
      the draws' scales grow from 0 (no bound yet); else real PolyMNIST's z stays blind to digits
@@ -61,11 +61,12 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-SYNTH = dict(z_dim=10, w_dim=8, width=32, net="patch", sigmoid=True, decoder_scale=0.4, decay=True,
-             batch_size=64, lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=2, lr_ebm=1e-3)
+SYNTH = dict(z_dim=16, w_dim=8, width=32, net="patch", decoder_scale=0.4, decay=True, batch_size=64,
+             lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=6, lr_ebm=2e-3, ebm_act="lrelu")
 POLY = dict(z_dim=32, w_dim=32, net="resnet", beta=2.5, epochs_vae=150)
 PRESETS = {
-    "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(SYNTH, rescale=True),
+    "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(
+        SYNTH, rescale=True, sigmoid=True, z_dim=10, epochs_ebm=2, lr_ebm=1e-3, ebm_act="gelu"),
     "polymnist": POLY, "polymnist10": dict(POLY, n_modalities=10),
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
                        epochs_vae=30), "paired": dict(net="mlp")}
@@ -96,6 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--base_scale", type=number(float, 0, open_low=True), default=1.0)
     flag("--ebm_on", default="z", choices=["z", "u"], help="u: all of z, w_1 .. w_M")
     flag("--ebm_hidden", type=number(int, 1), default=200)
+    flag("--ebm_act", default="gelu", choices=list(ACTS), help="of f; lrelu: the faster chain")
     flag("--bound", type=number(float, 0), default=30.0, help="|f| < bound (D1); 0: none")
     flag = p.add_argument_group("training").add_argument
     flag("--epochs_vae", type=number(int, 0), default=150, help="autoencoder and EBM together")
@@ -216,20 +218,24 @@ class LaplaceTower(nn.Module):
         return self.mu(h), sum_to_dim(self.logits(h))
 
 
+ACTS = {"gelu": (F.gelu, torch.ops.aten.gelu_backward),     # of f: a(h), and g times a'(h)
+        "lrelu": (lambda h: F.leaky_relu(h, 0.2),
+                  lambda g, h: torch.ops.aten.leaky_relu_backward(g, h, 0.2, False))}
+
+
 class EBM(nn.Module):
     """f(z) = bound tanh(g(z) / bound), g an MLP with two hidden layers; NEGATIVE energy, [b]."""
 
-    def __init__(self, dim: int, hidden: int, bound: float):
+    def __init__(self, dim: int, hidden: int, bound: float, act: str = "gelu"):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, hidden), nn.Linear(hidden, hidden),
-                                     nn.Linear(hidden, 1)])
-        self.bound = bound
+        (self.act, self.times_slope), self.bound = ACTS[act], bound
+        self.layers = nn.ModuleList(map(nn.Linear, (dim, hidden, hidden), (hidden, hidden, 1)))
 
     def forward(self, z: Tensor, fixed: bool = False) -> Tensor:
         """z [... d] -> [...]; fixed: parameters are constants, z still gets a gradient."""
         for i, layer in enumerate(self.layers):
             weight, bias = (p.detach() if fixed else p for p in (layer.weight, layer.bias))
-            z = F.linear(F.gelu(z) if i else z, weight, bias)
+            z = F.linear(self.act(z) if i else z, weight, bias)
         g = rearrange(z, "... 1 -> ...")
         return self.bound * torch.tanh(g / self.bound) if self.bound else g
 
@@ -238,13 +244,12 @@ class EBM(nn.Module):
         """df/dz [b d] in closed form, five products: W1'(a'(h1) * W2'(a'(h2) * w3)) sech^2."""
         (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in self.layers)
         h1 = torch.addmm(b1, z, w1.T)                                      # [b h]
-        h2 = torch.addmm(b2, F.gelu(h1), w2.T)
+        h2 = torch.addmm(b2, self.act(h1), w2.T)
         back = w3.expand_as(h2)
         if self.bound:
-            g = torch.addmm(b3, F.gelu(h2), w3.T)                          # [b 1]
+            g = torch.addmm(b3, self.act(h2), w3.T)                        # [b 1]
             back = (1 - torch.tanh(g / self.bound) ** 2) * w3
-        back = torch.ops.aten.gelu_backward(back, h2)                      # times a'(h2)
-        return torch.ops.aten.gelu_backward(back @ w2, h1) @ w1
+        return self.times_slope(self.times_slope(back, h2) @ w2, h1) @ w1
 
 
 class MMVAEPlus(nn.Module):
@@ -270,7 +275,7 @@ class MMVAEPlus(nn.Module):
                 self.decoders[m].append(nn.Sigmoid())
         self.aux = nn.Parameter(torch.zeros(len(shapes), self.w_dim))
         dim = self.z_dim + (args.ebm_on == "u") * len(shapes) * self.w_dim
-        self.ebm = EBM(dim, args.ebm_hidden, args.bound)
+        self.ebm = EBM(dim, args.ebm_hidden, args.bound, args.ebm_act)
 
     def encode(self, x: dict[str, Tensor]) -> list[Tensor]:
         """mu_z, scale_z, mu_w, scale_w, each [m b d], of the modalities that x has."""
@@ -403,13 +408,11 @@ def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool, t: fl
         log_p = log_prior(model, z, w_all, args, use_ebm) + log_laplace(w, 0.0, 1.0)
         return log_lik_all(model, x, z, w, args, t) + beta * (log_p - log_qz - log_qw)
 
-    if args.objective == "dreg":
-        bound = dreg_surrogate(log_weight, z, w, q, beta).mean()
-    else:
-        bound = importance_bound(log_weight(z, w, q)).mean()
+    bound = (dreg_surrogate(log_weight, z, w, q, beta) if args.objective == "dreg"
+             else importance_bound(log_weight(z, w, q))).mean()
     u = z if args.ebm_on == "z" else torch.cat([z, *w_all], -1)
-    z_pos = rearrange(u.detach(), "m k b d -> (m k b) d")
-    return {"loss": -bound, "bound_nats": bound.detach(), "z_pos": z_pos}
+    return {"loss": -bound, "bound_nats": bound.detach(),
+            "z_pos": rearrange(u.detach(), "m k b d -> (m k b) d")}
 
 
 def ebm_loss(f_pos: Tensor, f_neg: Tensor, reg: float) -> Tensor:
@@ -430,9 +433,8 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
         if gradient is not None:
             grad = gradient(z)
         else:
-            with torch.enable_grad():
-                z = z.requires_grad_(True)
-                (grad,) = torch.autograd.grad(log_prob(z).sum(), z)        # sum: rows are separate
+            with torch.enable_grad():                                      # sum: rows are separate
+                (grad,) = torch.autograd.grad(log_prob(z.requires_grad_(True)).sum(), z)
         z = z.detach() + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
         if trace is not None:
             trace.append(z)
@@ -563,8 +565,7 @@ def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm
     return metrics | (ebm_step(model, z_pos, opts["ebm"], args, world) if use_ebm else {})
 
 
-def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
-                 world: int = 1, t: float = 1.0) -> dict[str, Tensor]:
+def encoded_step(model: MMVAEPlus, x, opts: dict, args, use_ebm=True, world=1, t=1.0) -> dict:
     """One step of the stage that trains f alone, from with_encodings' x['q_<m>'] [b 2d]."""
     mu, scale = torch.stack([x[f"q_{m}"] for m in model.modalities]).chunk(2, -1)    # [m b d]
     draw = sample_laplace(mu, scale)
@@ -574,8 +575,7 @@ def encoded_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_e
     return ebm_step(model, u.flatten(0, 1), opts["ebm"], args, world)
 
 
-def chain_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm: bool = True,
-               world: int = 1, t: float = 1.0) -> dict[str, Tensor]:
+def chain_step(model: MMVAEPlus, x, opts: dict, args, use_ebm=True, world=1, t=1.0) -> dict:
     """encoded_step of --inference mcmc: z_pos are the ends of posterior chains under f."""
     v = sample_posterior(model, x, args, args.post_steps, use_ebm)
     return ebm_step(model, v[:, :model.ebm.layers[0].in_features], opts["ebm"], args, world)

@@ -129,9 +129,10 @@ def test_the_mixture_of_experts_is_torchs_mixture():
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("act", ["gelu", "lrelu"])
 @pytest.mark.parametrize("bound", [0.0, 0.3])
-def test_closed_form_gradient_is_autograds(bound):
-    ebm = lep.EBM(4, 16, bound).double()
+def test_closed_form_gradient_is_autograds(bound, act):
+    ebm = lep.EBM(4, 16, bound, act).double()
     z = (3 * torch.randn(9, 4, dtype=torch.float64)).requires_grad_(True)
     (grad,) = torch.autograd.grad(ebm(z).sum(), z)
     assert torch.allclose(ebm.gradient(z), grad, atol=1e-12)
