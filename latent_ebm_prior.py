@@ -62,11 +62,11 @@ import data
 
 # ---- Config --------------------------------------------------------------------------------------
 SYNTH = dict(z_dim=16, w_dim=8, width=32, net="patch", decoder_scale=0.4, decay=True, batch_size=64,
-             lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=6, lr_ebm=2e-3, ebm_act="lrelu")
+             lr=3e-3, epochs_vae=12, ebm_warmup=12, epochs_ebm=6, lr_ebm=1e-3, ebm_act="lrelu",
+             max_gap=15.0)
 POLY = dict(z_dim=32, w_dim=32, net="resnet", beta=2.5, epochs_vae=150)
 PRESETS = {
-    "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(
-        SYNTH, rescale=True, sigmoid=True, z_dim=10, epochs_ebm=2, lr_ebm=1e-3, ebm_act="gelu"),
+    "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(SYNTH, rescale=True, sigmoid=True, z_dim=10),
     "polymnist": POLY, "polymnist10": dict(POLY, n_modalities=10),
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
                        epochs_vae=30), "paired": dict(net="mlp")}

@@ -53,7 +53,8 @@ sbm_vae celebamask_hq small 0 --ae_net patch --z_dim 64 --batch_ae 25 --lr_ae 1e
 sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
 ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
-latent_ebm_prior synth_polymnist no-sigmoid 0 --no-sigmoid
+latent_ebm_prior synth_polymnist no-sigmoid 0 --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50
+latent_ebm_prior synth_polymnist sigmoid 0 --sigmoid --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50
 latent_ebm_prior polymnist10 three-modalities 0 --n_modalities 3 --n_train 30000 --net mlp --z_dim 16 --w_dim 16 --decoder_scale 0.4 --batch_size 64 --decay --lr 1e-3 --beta 1 --objective dreg --k 3 --epochs_vae 15 --ebm_warmup 15 --epochs_ebm 3 --lr_ebm 1e-3 --n_eval 5000
 jnf polymnist 3000-steps 0 --net conv --z_dim 32 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --n_eval 1000
 latent_ebm_prior polymnist cross-warmup 0 --net patch --width 32 --z_dim 16 --w_dim 32 --decoder_dist normal --decoder_scale 0.15 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
@@ -61,6 +62,7 @@ latent_ebm_prior polymnist cross-warmup-wide 0 --net patch --width 32 --z_dim 16
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 3 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
+latent_ebm_prior mnist_svhn long-f 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15
 latent_ebm_prior mnist_svhn shared-k3-mcmc 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5
 latent_ebm_prior mnist_svhn shared-k3-sigmoid 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --sigmoid
 ebm_revision mnist_svhn small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
@@ -69,7 +71,8 @@ ebm_revision synth_mnist_svhn mixture-start 0 --z_init random --mixed 0 --epochs
 ebm_revision synth_mnist_svhn mixture-start 1 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn mixture-start-20-steps 0 --z_init random --z_steps 20 --z_step_size 0.2 --z_noise 0.2 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 0 --mixed 0 --epochs 20 --x_steps_test 30
-latent_ebm_prior synth_mnist_svhn mcmc 0 --inference mcmc --post_steps 5
+latent_ebm_prior synth_mnist_svhn mcmc 0 --inference mcmc --post_steps 5 --epochs_ebm 2 --ebm_act gelu --max_gap 50
+latent_ebm_prior synth_mnist_svhn short-f 0 --epochs_ebm 2 --ebm_act gelu --max_gap 50
 sbm_vae synth_polymnist unmasked 0 --cond_train none --obs_noise fresh --epochs_energy 10 --guide_sweep 0 0.3 1 3 10 --curve
 sbm_vae synth_polymnist unmasked-fixed 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
 sbm_vae synth_polymnist unmasked-official 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise official --curve
@@ -123,7 +126,10 @@ ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
-    for seed in {1..10}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
+    for seed in {1..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
+    for seed in {1..10}; do
+        echo "latent_ebm_prior synth_polymnist sigmoid $seed --sigmoid --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50"
+    done
 }
 
 end=$(($(date +%s) + minutes * 60))
