@@ -238,9 +238,9 @@ class Revision(nn.Module):
 
     def to_state(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images [0, 1] -> [-1, 1]; tokens -> log probabilities, a one-hot smoothed by 0.05."""
-        return {m: 2 * v - 1 if v.is_floating_point() else (
-            0.95 * F.one_hot(v, n := self.shapes[m][1]).float() + 0.05 / n).log()
-            for m, v in x.items()}
+        return {m: 2 * v - 1 if v.is_floating_point() else
+                (0.95 * F.one_hot(v, self.shapes[m][1]) + 0.05 / self.shapes[m][1]).log()
+                for m, v in x.items()}
 
     def to_data(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse: images clamped to [0, 1], tokens by argmax."""
@@ -467,8 +467,8 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
 def make_optimizers(model: Revision, args, world: int) -> dict:
     """Adam for each net; gradients averaged over the ranks before a step."""
     opts = {}
-    for name, net, lr in (("gen", model.decoders, args.lr_gen), ("ebm", model.ebm, args.lr_ebm),
-                          ("enc", model.encoders, args.lr_enc)):
+    for name, net, lr in (("gen", model.decoders, args.lr_gen),
+                          ("enc", model.encoders, args.lr_enc), ("ebm", model.ebm, args.lr_ebm)):
         params = list(net.parameters())
         betas, decay = ((0.0, 0.9), 0.0) if name == "ebm" else ((0.9, 0.999), args.weight_decay)
         opts[name] = torch.optim.Adam(params, lr, betas, weight_decay=decay, fused=True)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tables import distance
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common                                                               # noqa: E402
@@ -33,22 +34,18 @@ VARIANTS = {                                                # what each adds to 
 WARMUP = "VAE alone"                                        # and these change it:
 NO_BRANCH = ("additive", "mixture NLL")
 # flags in which a finished run may differ: none that changes a number
-FREE = ("out_dir", "judges", "resume", "overwrite", "checkpoint", "device", "log_every",
-        "ckpt_minutes")
+FREE = ("out_dir", "judges", "resume", "overwrite", "device", "log_every", "ckpt_minutes")
 KEYS = [*(f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", "cross_1",
                                          "cross_1_initial")), "frechet_clf", "frechet_clf_initial"]
 
 
-def branch(checkpoint: Path, argv: list[str]) -> list[str]:
-    """argv to continue a checkpoint of other flags: its copy in argv's folder says argv's."""
-    args = ebm_revision.parse_args(argv)
+def branch(checkpoint: Path, args: argparse.Namespace, folder: Path) -> None:
+    """Puts a checkpoint of other flags into a run's folder as if it were of the run's own."""
     kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
     kept["flags"] = json.dumps(vars(args), default=str)
-    copy = Path(args.out_dir) / "warmup.pt"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with common.atomic_write(copy) as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with common.atomic_write(folder / "checkpoint.pt") as file:
         torch.save(kept, file)
-    return [*argv, "--resume", "--checkpoint", str(copy)]
 
 
 def main(argv: list[str]) -> dict[str, dict[str, float]]:
@@ -64,33 +61,32 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
         own = [*argv, *more, "--out_dir", str(root / name.replace(" ", "_"))]
         done = Path(own[-1]) / "ebm_revision" / args.dataset / str(args.seed)
         again = (done / "checkpoint.pt").exists() and not args.overwrite
+        new = ebm_revision.parse_args(own)
         if again and (done / "result.json").exists():
-            kept, new = json.loads((done / "config.json").read_text()), ebm_revision.parse_args(own)
+            kept = json.loads((done / "config.json").read_text())
             other = [flag for flag, value in vars(new).items()
                      if kept.get(flag) != value and flag not in FREE]
             if other:
                 raise common.RunError(f"{done} had another --{other[0]}: give --overwrite, or "
                                       "another --out_dir")
             return json.loads((done / "result.json").read_text())["metrics"], done
-        if again:
-            own = [*own, "--resume"]
-        elif warm:
-            own = branch(warm, own)
-        return ebm_revision.main(own), done
+        if warm and not again:
+            branch(warm, new, done)
+        return ebm_revision.main([*own, *["--resume"] * bool(again or warm)]), done
 
-    warm, train_set = None, data.load(args.dataset, "train", args.data_dir, n=args.n_train,
-                                      n_modalities=args.n_modalities)
+    warm = None
     if args.warmup and not args.overwrite and set(chosen.variants) - set(NO_BRANCH):
+        train_set = data.load(args.dataset, "train", args.data_dir, n=args.n_train,
+                              n_modalities=args.n_modalities)
         steps = args.warmup * max(len(train_set) // args.batch_size, 1)
         table[WARMUP], done = run(WARMUP, ["--max_steps", str(steps)])
         warm = done / "checkpoint.pt"
     for name in chosen.variants:
         table[name], _ = run(name, VARIANTS[name], None if name in NO_BRANCH else warm)
-    for row in table.values():                              # the mean over the modalities
-        for end in ("", "_initial"):
-            parts = [row.get(f"frechet_clf_{m}{end}") for m in train_set.modalities]
-            row |= {} if None in parts else {f"frechet_clf{end}": sum(parts) / len(parts)}
-    table = {name: {key: row[key] for key in KEYS if key in row} for name, row in table.items()}
+    for row in table.values():
+        row |= {f"frechet_clf{end}": distance(row, end) for end in ("", "_initial")}
+    table = {name: {key: row[key] for key in KEYS if row.get(key) is not None}
+             for name, row in table.items()}
     print(f"{'variant':16s}" + "".join(f"{key.removeprefix('coherence_'):>20s}" for key in KEYS))
     for name, row in table.items():
         print(f"{name:16s}" + "".join(f"{row.get(key, math.nan):20.3f}" for key in KEYS))

@@ -88,7 +88,7 @@ def distance(metrics: dict, suffix: str = "") -> float | None:
     """The judges' Fréchet distance of joint samples, mean over modalities."""
     names = [k.removeprefix("judge_accuracy_") for k in metrics if k.startswith("judge_accuracy_")]
     values = [metrics.get(f"frechet_clf_{m}{suffix}") for m in names]
-    return None if None in values else statistics.mean(values)
+    return statistics.mean(values) if values and None not in values else None
 
 
 def comparison(dataset: str, sizes: tuple[int, ...] = (1,)) -> str:
@@ -156,9 +156,16 @@ def draw_scaling(path: Path) -> None:
     figure.savefig(path)
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval (Student's t; 0 for one value)."""
+    n = len(values)
+    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
+    return statistics.mean(values), half
+
+
 def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
-    """Means with 95 % intervals (Student's t) over the seeds in results/ebm_revision/<folder>/
-    <seed>.json, each {variant: {metric: value}}."""
+    """Means with 95 % intervals over the seeds in results/ebm_revision/<folder>/<seed>.json, each
+    {variant: {metric: value}}."""
     paths = (ROOT / "results/ebm_revision" / folder).glob("*.json")
     runs = [json.loads(path.read_text()) for path in sorted(paths)]
     rows = ["| " + " | ".join([name, *(title for title, _ in columns), "seeds"]) + " |",
@@ -167,10 +174,8 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
         cells = []
         for _, key in columns:
             values = [run[variant][key] for run in runs if key in run.get(variant, {})]
-            n = len(values)
-            half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else None
-            cells.append("" if not values else f"{statistics.mean(values):.3f}"
-                         + (f" ± {half:.3f}" if half is not None else ""))
+            mean, half = interval(values) if values else (0.0, 0.0)
+            cells.append("" if not values else f"{mean:.3f}" + f" ± {half:.3f}" * (len(values) > 1))
         cells.append(str(sum(variant in run for run in runs)))
         rows.append("| " + " | ".join([variant, *cells]) + " |")
     return "\n".join(rows)

@@ -8,16 +8,15 @@ the seeds, writes them, a file a seed, and draws toy_revision.png, all to --out.
 """
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
-from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import ebm_revision as er                                                   # noqa: E402
+from tables import interval                                                 # noqa: E402
 
 CORNERS = torch.tensor([[-0.6, -0.6], [-0.6, 0.6], [0.6, -0.6], [0.6, 0.6]])
 FLAGS = ["--width", "4", "--z_dim", "2", "--sigma", "0.3", "--x_step_size", "0.4", "--x_noise",
@@ -53,13 +52,6 @@ def experiment(variant: str, seed: int, steps: int) -> tuple[dict[str, float], d
     return {"revised": agreement(revised),
             "initial": agreement(er.sample_joint(model, z, "generator", 0, args)),
             "noise": agreement(er.sample_joint(model, z, "noise", k, args))}, revised
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval (Student's t)."""
-    n = len(values)
-    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
-    return statistics.mean(values), half
 
 
 def main(argv=None) -> dict[str, dict[str, tuple[float, float]]]:
