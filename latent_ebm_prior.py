@@ -228,7 +228,8 @@ class EBM(nn.Module):
 
     def __init__(self, dim: int, hidden: int, bound: float, act: str = "gelu"):
         super().__init__()
-        (self.act, self.times_slope), self.bound = ACTS[act], bound
+        self.act, self.times_slope = ACTS[act]
+        self.bound = bound
         self.layers = nn.ModuleList(map(nn.Linear, (dim, hidden, hidden), (hidden, hidden, 1)))
 
     def forward(self, z: Tensor, fixed: bool = False) -> Tensor:
@@ -565,20 +566,17 @@ def train_step(model: MMVAEPlus, x: dict[str, Tensor], opts: dict, args, use_ebm
     return metrics | (ebm_step(model, z_pos, opts["ebm"], args, world) if use_ebm else {})
 
 
-def encoded_step(model: MMVAEPlus, x, opts: dict, args, use_ebm=True, world=1, t=1.0) -> dict:
-    """One step of the stage that trains f alone, from with_encodings' x['q_<m>'] [b 2d]."""
-    mu, scale = torch.stack([x[f"q_{m}"] for m in model.modalities]).chunk(2, -1)    # [m b d]
-    draw = sample_laplace(mu, scale)
+def positives(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
+    """z_pos [b' d] for f alone: draws of with_encodings' x['q_<m>'] [b 2d], or ends of chains."""
+    if args.inference == "mcmc":
+        v = sample_posterior(model, x, args, args.post_steps, True)
+        return v[:, :model.ebm.layers[0].in_features]
+    q = torch.stack([x[f"q_{m}"] for m in model.modalities])               # [m b 2d]
+    draw = sample_laplace(*q.chunk(2, -1))
     u = z = draw[..., :model.z_dim]
     if args.ebm_on == "u":
         u = torch.cat([z, *repeat(draw[..., model.z_dim:], "n b d -> n m b d", m=len(z))], -1)
-    return ebm_step(model, u.flatten(0, 1), opts["ebm"], args, world)
-
-
-def chain_step(model: MMVAEPlus, x, opts: dict, args, use_ebm=True, world=1, t=1.0) -> dict:
-    """encoded_step of --inference mcmc: z_pos are the ends of posterior chains under f."""
-    v = sample_posterior(model, x, args, args.post_steps, use_ebm)
-    return ebm_step(model, v[:, :model.ebm.layers[0].in_features], opts["ebm"], args, world)
+    return u.flatten(0, 1)
 
 
 def diverged(metrics: dict[str, Tensor], args, run) -> str:
@@ -616,7 +614,6 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
                 state: dict | None) -> None:
     """Stage 0: autoencoder and EBM; stage 1: EBM alone; from its start or a checkpoint's state."""
     name, coded = ("vae", "ebm")[index], index == 1 and args.inference == "amortised"
-    step_fn = encoded_step if coded else chain_step if index else train_step
     opts = make_optimisers(model, args, run)
     train_set = with_encodings(model, train_set) if coded else train_set
     names = [f"q_{m}" for m in model.modalities] if coded else model.modalities
@@ -638,7 +635,7 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
     model.train()
     while step < total:
         epoch = step // per_epoch
-        use_ebm = args.prior == "ebm" and (index == 1 or epoch >= args.ebm_warmup)
+        use_ebm = args.prior == "ebm" and epoch >= args.ebm_warmup
         order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
         for x in islice(data.batches(train_set, args.batch_size, order, run.device,
                                      step % per_epoch, run.rank, run.world, names), total - step):
@@ -646,7 +643,10 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
             for key, rate in (("vae", args.lr), ("ebm", args.lr_ebm * 0.5**run.rollbacks)):
                 opts[key].param_groups[0]["lr"] = share * rate
             t = min(step / (args.cross_warmup * per_epoch), 1.0) if args.cross_warmup else 1.0
-            metrics = step_fn(model, x, opts, args, use_ebm, run.world, t)
+            if index:
+                metrics = ebm_step(model, positives(model, x, args), opts["ebm"], args, run.world)
+            else:
+                metrics = train_step(model, x, opts, args, use_ebm, run.world, t)
             step += 1
             due, logged = run.checkpoint_due(), step % args.log_every == 0 or step == total
             reason = diverged(metrics, args, run) if due or logged else ""

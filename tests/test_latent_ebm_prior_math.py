@@ -514,12 +514,23 @@ def test_mcmc_step_trains_the_ebm_on_the_ends_of_the_chains(monkeypatch):
 @pytest.mark.parametrize("ebm_on", ["z", "u"])
 def test_the_last_stage_of_mcmc_inference_takes_the_ends_of_chains_under_f(ebm_on, monkeypatch):
     model, x, args = build("--inference", "mcmc", "--ebm_on", ebm_on)
-    ends, asked, given = torch.randn(5, 9, dtype=torch.float64), [], []
+    ends, asked = torch.randn(5, 9, dtype=torch.float64), []
     monkeypatch.setattr(lep, "sample_posterior", lambda *a: asked.append(a[3:]) or ends)
-    monkeypatch.setattr(lep, "ebm_step", lambda model, z_pos, *_: given.append(z_pos) or {})
-    lep.chain_step(model, x, optimisers(model, args), args)
+    z_pos = lep.positives(model, x, args)
     assert asked == [(3, True)]
-    assert torch.equal(given[0], ends if ebm_on == "u" else ends[:, :3])
+    assert torch.equal(z_pos, ends if ebm_on == "u" else ends[:, :3])
+
+
+@pytest.mark.parametrize("ebm_on", ["z", "u"])
+def test_the_last_stage_draws_from_the_encodings_of_every_expert(ebm_on, monkeypatch):
+    model, x, args = build("--ebm_on", ebm_on)
+    mu_z, s_z, mu_w, s_w = model.encode(x)                                 # [m b d]
+    codes = torch.cat([mu_z, mu_w, s_z, s_w], -1).detach()
+    monkeypatch.setattr(lep, "sample_laplace", lambda mu, scale: mu + 2 * scale)
+    z_pos = lep.positives(model, {f"q_{m}": c for m, c in zip(model.modalities, codes)}, args)
+    z, w = mu_z + 2 * s_z, torch.cat([*(mu_w + 2 * s_w)], 1)
+    want = torch.cat([z, w.expand(len(z), *w.shape)], -1) if ebm_on == "u" else z
+    assert torch.allclose(z_pos, want.flatten(0, 1))
 
 
 def test_divergence_is_named():
