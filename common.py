@@ -97,6 +97,21 @@ def f1_score(predicted: Tensor, target: Tensor) -> float:
     return (2 * (predicted & target).sum(1) / ones.clamp_min(1)).mean().item()
 
 
+def linear_accuracy(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
+    """Test accuracy of a logistic regression on latents [n d], by L-BFGS on the training ones."""
+    w = torch.zeros(z.shape[1] + 1, int(y.max()) + 1, device=z.device, requires_grad=True)
+    opt = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+    z, z_test = (F.pad((v - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0) for v in (z, z_test))
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(z @ w, y) + 1e-4 * w.square().sum()
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return ((z_test @ w).argmax(1) == y_test).float().mean().item()
+
+
 def _tallies(scores, labels) -> tuple[Tensor, Tensor]:
     """Positives and negatives at each distinct score, in ascending order: ties share an entry."""
     scores, labels = (torch.as_tensor(a).double().cpu() for a in (scores, labels))

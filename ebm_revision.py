@@ -577,21 +577,6 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     return metrics
 
 
-def linear_accuracy(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
-    """Test accuracy of a logistic regression on latents [n d], by L-BFGS on the training ones."""
-    w = torch.zeros(z.shape[1] + 1, int(y.max()) + 1, device=z.device, requires_grad=True)
-    opt = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-    z, z_test = (F.pad((v - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0) for v in (z, z_test))
-
-    def closure():
-        opt.zero_grad()
-        loss = F.cross_entropy(z @ w, y) + 1e-4 * w.square().sum()
-        loss.backward()
-        return loss
-    opt.step(closure)
-    return ((z_test @ w).argmax(1) == y_test).float().mean().item()
-
-
 def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, float]:
     """Reconstruction and linear classification from q-samples, and from latents that z_steps under
     the whole posterior revised; up to 2,000 items each."""
@@ -608,8 +593,8 @@ def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, 
     (z, _), (z_test, errors) = map(latents, sets)
     metrics = {f"recon_nats_{key}": e for key, e in zip(keys, errors.mean(1).tolist())}
     if test.y is not None:
-        metrics |= {f"latent_accuracy_{key}": linear_accuracy(z[i], sets[0].y, z_test[i], sets[1].y)
-                    for i, key in enumerate(keys)}
+        metrics |= {f"latent_accuracy_{key}": common.linear_accuracy(
+            z[i], sets[0].y, z_test[i], sets[1].y) for i, key in enumerate(keys)}
     return metrics
 
 

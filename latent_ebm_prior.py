@@ -478,32 +478,26 @@ def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: 
 
 
 @torch.no_grad()
-def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
-    """v [b d] given x_S: z ~ q_m(z|x_m), m in S random a row; w_m ~ q_m(w|x_m), others ~ p(w)."""
+def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, init: str = "moe") -> Tensor:
+    """v [b d] given x_S: z ~ q_m(z|x_m), m in S random a row; w_m ~ q_m(w|x_m), others ~ p(w).
+    init noise: draws of p0(z) prod p(w_m)."""
     observed = [m for m in model.modalities if m in x]
     b, device = len(x[observed[0]]), x[observed[0]].device
     mu_z, scale_z, mu_w, scale_w = model.encode(x)
     pick = torch.randint(len(observed), (b,), device=device), torch.arange(b, device=device)
     z = sample_laplace(mu_z[pick], scale_z[pick])
     w = sample_laplace(mu_z.new_zeros(len(model.modalities), b, model.w_dim), 1.0)
+    if init == "noise":
+        return torch.cat([start_prior(b, model, args, device)[:, :model.z_dim], *w], 1)
     for i, name in enumerate(observed):
         w[model.modalities.index(name)] = sample_laplace(mu_w[i], scale_w[i])
     return torch.cat([z, *w], 1)
 
 
-def start_chain(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
-    """start_posterior's v [b d], or with --post_init noise draws of p0(z) prod p(w_m)."""
-    v = start_posterior(model, x, args)
-    if args.post_init == "noise":
-        v = sample_laplace(torch.zeros_like(v), 1.0)
-        v[:, :model.z_dim] = start_prior(len(v), model, args, v.device)[:, :model.z_dim]
-    return v
-
-
 def sample_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, n_steps: int,
                      use_ebm: bool) -> Tensor:
-    """v ~ p(v|x_S), nearly: n_steps of Langevin from start_chain; none: from the encoders."""
-    v = start_chain(model, x, args) if n_steps else start_posterior(model, x, args)
+    """v ~ p(v|x_S), nearly: n_steps of Langevin from --post_init; none: from the encoders."""
+    v = start_posterior(model, x, args, args.post_init if n_steps else "moe")
     return langevin(lambda v: log_joint(model, x, v, args, use_ebm), v, n_steps,
                     args.post_step_size)
 
@@ -733,6 +727,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
         metrics |= diagnose_prior(model, test, args, run)
     metrics |= diagnose_posterior(model, test, args, run, use_ebm)
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
+    metrics |= probe_latents(model, train_set, test, args, run) if test.y is not None else {}
     run.time_samples(sample)
     return metrics
 
@@ -791,18 +786,23 @@ def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str,
 
 
 def diagnose_posterior(model: MMVAEPlus, test: data.Dataset, args, run, use_ebm) -> dict:
-    """log p(v, x) before and after post_steps on 200 test items, and reconstruction errors."""
+    """log p(v, x) before and after post_steps on 200 test items, means."""
     x = test.head(200).take(slice(200), run.device)
-    start = start_chain(model, x, args)
+    start = start_posterior(model, x, args, args.post_init)
     end = langevin(lambda v: log_joint(model, x, v, args, use_ebm), start, args.post_steps,
                    args.post_step_size)
-    metrics = {}
-    for name, v in (("start", start), ("end", end)):
-        z, w = model.split(v)
-        error = [(x[m] - model.decode(m, z, w[i])).abs().mean() for i, m in enumerate(x)]
-        metrics |= {f"post_log_p_{name}_nats": log_joint(model, x, v, args, use_ebm).mean(),
-                    f"post_error_{name}": torch.stack(error).mean()}
-    return metrics
+    return {f"post_log_p_{name}_nats": log_joint(model, x, v, args, use_ebm).mean()
+            for name, v in (("start", start), ("end", end))}
+
+
+def probe_latents(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
+    """latent_accuracy_z, _w_<m>: what a linear classifier reads in draws; class in w: a leak."""
+    sets = train_set.head(2000), test.head(2000)
+    (z, w), (z_test, w_test) = (model.split(encoded(model, s, args, run.device)) for s in sets)
+    pairs = {"z": (z, z_test)} | {f"w_{m}": pair for m, *pair in zip(
+        model.modalities, w, w_test) if model.w_dim}
+    return {f"latent_accuracy_{name}": common.linear_accuracy(v, sets[0].y, v_test, sets[1].y)
+            for name, (v, v_test) in pairs.items()}
 
 
 # ---- Main ----------------------------------------------------------------------------------------

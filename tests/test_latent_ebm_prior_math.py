@@ -376,6 +376,32 @@ def test_start_posterior_mixes_experts_and_draws_missing_w_from_the_prior():
     assert torch.allclose((w[0] - mu_w[0, 0]).abs().mean(0), s_w[0, 0], atol=0.1)
 
 
+@pytest.mark.parametrize("base", ["laplace", "gaussian"])
+def test_a_posterior_chain_from_noise_starts_at_the_base_prior(base):
+    model, x, args = build("--base", base, "--base_scale", "3", b=1)
+    x = {m: v.expand(20_000, *v.shape[1:]) for m, v in x.items()}
+    z, w = model.split(lep.start_posterior(model, x, args, "noise"))
+    want = 3 if base == "laplace" else 3 * math.sqrt(2 / math.pi)          # mean |z|
+    assert torch.allclose(z.abs().mean(0), torch.full((3,), want).to(z), rtol=0.04)
+    assert torch.allclose(w.abs().mean(1), torch.ones(3, 2).to(w), rtol=0.04)
+
+
+def test_probes_read_the_class_where_it_is(monkeypatch):
+    """The class is in z and in w_c, nowhere else."""
+    model, _, args = build()
+    monkeypatch.setattr(lep, "encoded", lambda model, s, *_: s.v)
+    def items(n):
+        v, y = torch.randn(n, 9), torch.arange(n) % 2
+        v[:, [0, 8]] += 20 * y[:, None]
+        return SimpleNamespace(v=v, y=y, head=lambda k: SimpleNamespace(v=v[:k], y=y[:k]))
+    torch.manual_seed(0)
+    found = lep.probe_latents(model, items(2500), items(3000), args, SimpleNamespace(device="cpu"))
+    assert list(found) == [f"latent_accuracy_{k}" for k in ("z", "w_a", "w_b", "w_c")]
+    right, blank = [found[f"latent_accuracy_{k}"] for k in ("z", "w_c")], \
+        [found[f"latent_accuracy_{k}"] for k in ("w_a", "w_b")]
+    assert min(right) == 1 and 0.45 < min(blank) <= max(blank) < 0.55
+
+
 def test_posterior_chain_raises_log_p():
     model, x, args = build("--post_step_size", "0.05")
     x = {m: v.repeat(40, 1, 1, 1) for m, v in x.items()}

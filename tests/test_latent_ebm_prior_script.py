@@ -100,8 +100,8 @@ def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypat
             "coherence_cross_1_base", "coherence_joint_gmm2", "coherence_joint_resampled",
             "coherence_joint_steps0", "coherence_joint_steps5", "coherence_cross_1_langevin2",
             "frechet_clf_m0", "frechet_clf_m0_base", "energy_long", "ess_per_step", "std_neg",
-            "post_log_p_end_nats", "bound_base_nats", "classes_joint",
-            "classes_joint_base"} <= set(metrics)
+            "post_log_p_end_nats", "bound_base_nats", "classes_joint", "latent_accuracy_z",
+            "latent_accuracy_w_m2", "classes_joint_base"} <= set(metrics)
     result = json.loads((run_dir / "result.json").read_text())
     assert result["metrics"]["coherence_cross_2"] == metrics["coherence_cross_2"]
     monkeypatch.setattr(common, "_save_rows", lambda *_: None)

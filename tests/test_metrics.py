@@ -63,6 +63,17 @@ def test_f1_is_the_mean_over_items():
 
 
 # ---- Ranking ------------------------------------------------------------------------------------
+def test_linear_accuracy_is_that_of_bayes_rule_on_two_gaussians():
+    """N(-+mu, I) in 2 dimensions, one stretched and one squeezed: Phi(|mu|)."""
+    torch.manual_seed(0)
+    y, y_test = torch.arange(4000) % 2, torch.arange(20_000) % 2
+    scale, mu = torch.tensor([30.0, 0.01]), torch.tensor([0.3, 0.8])
+    z, z_test = ((torch.randn(len(c), 2) + (2.0 * c - 1)[:, None] * mu) * scale + 7
+                 for c in (y, y_test))
+    bayes = scipy.stats.norm.cdf(mu.norm().item())
+    assert common.linear_accuracy(z, y, z_test, y_test) == pytest.approx(bayes, abs=0.012)
+
+
 @pytest.mark.parametrize("levels", [3, 10**6])                  # many ties, none
 def test_ranking_equals_brute_force(levels):
     rng = np.random.default_rng(levels)
