@@ -101,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
     flag("--gamma", type=number(float, 0, 1, open_low=True), default=0.9, help="lr, an epoch")
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
+    flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of data and revised")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
     flag("--z_init", default="product", choices=["product", "random", "stratified", "noise"],
@@ -113,6 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--cond_z_steps", type=number(int, 0), default=10, help="given some modalities")
     flag("--z_step_size", type=number(float, 0, open_low=True), default=0.1)
     flag("--z_noise", type=number(float, 0), default=0.1)
+    flag("--clip", type=number(float, 0), default=0.0, help="chains' largest gradient; 0: any")
     p.set_defaults(**PRESETS.get(common.peek(p, argv, "dataset"), {}),
                    **WEIGHTS.get(common.peek(p, argv, "weights"), {}))
     args = p.parse_args(argv)
@@ -318,27 +320,30 @@ def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
     return loss
 
 
-def loss_energy(ebm: nn.Module, state, x_rev) -> tuple[Tensor, Tensor]:
-    """mean f(X_rev) - mean f(X): (loss, gap f(X) - f(X_rev))."""
+def loss_energy(ebm: nn.Module, state, x_rev, reg: float = 0.0) -> tuple[Tensor, Tensor]:
+    """mean f(X_rev) - mean f(X) + reg (mean f(X)^2 + mean f(X_rev)^2), and f(X) - f(X_rev)."""
     f = ebm({m: torch.cat([v, x_rev[m]]) for m, v in state.items()}).float()
     f_data, f_rev = f.chunk(2)
     gap = f_data.mean() - f_rev.mean()
-    return -gap, gap.detach()
+    return -gap + reg * (f_data.square().mean() + f_rev.square().mean()), gap.detach()
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
 def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, noise_std: float | None = None,
-             trace: list | None = None) -> Tensor:
+             trace: list | None = None, clip: float = 0.0) -> Tensor:
     """z <- z + s^2/2 d log p(z)/dz + n eps, eps ~ N(0, I): n_steps of it, [b d] -> [b d] detached.
 
     log_prob [b d] -> [b]; noise_std n, default s. With n = s the law tends to p as s -> 0 (variance
     v / (1 - s^2 / 4v) on N(0, v)); with n != s to p^(1/T), T = (n/s)^2. trace gets every state.
+    clip: gradients that are longer, row by row, are cut to it; the law then is another one.
     """
     noise_std, z = step_size if noise_std is None else noise_std, z.detach()
     for _ in range(n_steps):
         z = z.detach().requires_grad_(True)
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(log_prob(z).sum(), z)             # sum: no 1/b factor
+        if clip:
+            grad = grad * (clip / grad.norm(dim=1, keepdim=True)).clamp(max=1)
         z = z.detach() + 0.5 * step_size**2 * grad + noise_std * torch.randn_like(z)
         if trace is not None:
             trace.append(z)
@@ -376,7 +381,7 @@ def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, obser
     x = torch.cat([v.flatten(1) for v in free.values()], 1)
     with frozen(ebm):
         x = langevin(lambda flat: ebm(state | unpack(flat, free)), x, n_steps, args.x_step_size,
-                     args.x_noise, trace)
+                     args.x_noise, trace, args.clip)
     return state | unpack(x, free)
 
 
@@ -386,7 +391,7 @@ def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int,
         mean = {m: model.decoders[m](z) for m in state}
         return log_lik(state, mean, args.sigma, args.decoder_dist) - 0.5 * z.square().sum(1)
     with frozen(model.decoders):
-        return langevin(log_joint, z, n_steps, args.z_step_size, args.z_noise)
+        return langevin(log_joint, z, n_steps, args.z_step_size, args.z_noise, clip=args.clip)
 
 
 @torch.no_grad()
@@ -459,7 +464,7 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             step("enc", loss_inference(model, state, z_rev, z, paired, args))
         if args.rerun_chain:
             x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
-        loss, metrics["gap"] = loss_energy(model.ebm, state, x_rev)
+        loss, metrics["gap"] = loss_energy(model.ebm, state, x_rev, args.ebm_reg)
         step("ebm", loss)
     return metrics
 

@@ -182,6 +182,33 @@ def test_gradients_of_the_three_losses():
     assert torch.allclose(w.grad, exact) and gap == -loss.detach()
 
 
+def test_the_energy_penalty_holds_the_level_of_f():
+    """f = w + 1 on data, w - 3 on revised: the gap stays 4, w goes to where w^2 terms balance."""
+    w, x = torch.tensor(2.0, requires_grad=True), {"a": torch.ones(4, 1)}
+    loss, gap = er.loss_energy(lambda s: s["a"][:, 0] + w, x, {"a": -3 * torch.ones(4, 1)}, 0.1)
+    loss.backward()
+    assert gap == 4 and torch.isclose(loss, torch.tensor(-4 + 0.1 * (9 + 1)))
+    assert torch.isclose(w.grad, torch.tensor(0.1 * 2 * (3 - 1)))
+
+
+def test_clipped_steps_are_no_longer_than_asked_row_by_row():
+    z = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    end = er.langevin(lambda z: -z.square().sum(1), z, 1, 0.2, 0.0, clip=1.0)
+    assert torch.allclose(z - end, 0.02 * torch.tensor([[0.6, 0.8], [0.6, 0.8], [0, 0]]))
+    end = er.langevin(lambda z: -z.square().sum(1), z, 1, 0.2, 0.0, clip=5.0)
+    assert torch.allclose(z - end, 0.02 * torch.tensor([[3.0, 4.0], [0.6, 0.8], [0, 0]]))
+
+
+def test_both_chains_clip():
+    args = flags("--clip", "1e-6", "--x_noise", "0", "--z_noise", "0")
+    model = er.Revision(IMAGES, args).eval()
+    z = torch.randn(6, 3)
+    state = {m: v.detach() for m, v in model.generate(z).items()}
+    moved = er.revise_x(model.ebm, state, 3, args)
+    assert max((moved[m] - v).abs().max() for m, v in state.items()) < 1e-5
+    assert (er.revise_z(model, z, state, 3, args) - z).abs().max() < 1e-6
+
+
 def test_product_of_exact_experts_is_the_joint_posterior():
     a, x, sigma = {"a": 1.3, "b": -0.4}, {"a": 0.8, "b": 1.7}, 0.6
 
@@ -295,10 +322,10 @@ def test_every_option_trains_every_net(more, shapes):
 def test_mixed_starts_are_shuffled_data_and_teach_the_energy_alone(monkeypatch):
     """Of 6 chains 3 start at data of which modality j is item i + j's, the others at the generator;
     with no step they end there. No other net learns in this phase."""
-    args, seen = flags("--x_steps", "0"), []
+    args, seen = flags("--x_steps", "0", "--ebm_reg", "0.3"), []
     model = er.Revision(IMAGES, args)
     state = model.to_state(x := {m: torch.rand(6, *s) for m, s in IMAGES.items()})
-    monkeypatch.setattr(er, "loss_energy", lambda *a, f=er.loss_energy: seen.append(a[2]) or f(*a))
+    monkeypatch.setattr(er, "loss_energy", lambda *a, f=er.loss_energy: seen.extend(a[2:]) or f(*a))
     before = {k: v.clone() for k, v in model.named_parameters()}
     torch.manual_seed(3)
     made = model.generate(torch.randn(6, model.z_dim))
@@ -308,7 +335,7 @@ def test_mixed_starts_are_shuffled_data_and_teach_the_energy_alone(monkeypatch):
         assert torch.equal(seen[0][m][:3], state[m][j:j + 3])
         assert torch.allclose(seen[0][m][3:], made[m][3:], atol=1e-5)
     moved = {k.split(".")[0] for k, v in model.named_parameters() if not torch.equal(v, before[k])}
-    assert moved == {"ebm"}
+    assert moved == {"ebm"} and seen[1] == 0.3                             # the penalty's weight
 
 
 def test_toy_with_four_modes_needs_the_generators_start():
