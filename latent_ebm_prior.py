@@ -24,7 +24,7 @@ Algorithm   for each minibatch
      encoders (3), or with --phi teach 1/M sum_m log q_m(z|x_m) + sum_n log q_n(w_n|x_n)
   4  f descends  mean f(z_neg) - mean f(z_pos),  z_pos: z of 1, or the chain's end of 3'
   Afterwards epochs_ebm epochs of 2 and 4 alone (z_pos as before). Generation: z from chain 2,
-  w ~ p(w), decoders.
+  w ~ p(w), or of r_m as in (3) (--w_test aux: more coherent, less diverse); decoders.
 
 Usage
   python latent_ebm_prior.py                                synthetic digits, minutes on a CPU
@@ -74,8 +74,9 @@ PRESETS = {
 
 def free_flags(args: argparse.Namespace) -> tuple[str, ...]:
     """Flags that may differ from the training's; amortised training runs no posterior chain."""
-    chain = ("post_steps", "post_step_size", "post_init", "temper")
-    return "cross_steps", "prior_sweep", "gmm", *(chain if args.inference == "amortised" else ())
+    free = "w_test", "cross_steps", "prior_sweep", "gmm"
+    chain = "post_steps", "post_step_size", "post_init", "temper"
+    return free + chain if args.inference == "amortised" else free
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,6 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--post_init", default="moe", choices=["moe", "noise"], help="noise: start at p0, no q")
     flag("--temper", action=switch, default=True, help="likelihood to the power 1/beta (D3)")
     flag = p.add_argument_group("test").add_argument
+    flag("--w_test", default="prior", choices=["prior", "aux"], help="w_m not given: p(w), r_m")
     flag("--cross_steps", type=number(int, 0), default=0, help="Langevin for coherence_cross_*")
     flag("--prior_sweep", type=number(int, 0), nargs="*", default=[0, 10, 30, 60, 100])
     flag("--gmm", type=number(int, 1), nargs="*", default=[1, 10, 100], help="mixtures fit to z")
@@ -477,16 +479,22 @@ def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: 
     return log_p + power * log_lik_own(model, x, z, w, args)
 
 
+def draw_w(model: MMVAEPlus, b: int, source: str) -> Tensor:
+    """w_m [m b d] for modalities that nobody observed: of p(w) (prior) or of r_m (aux)."""
+    scale = sum_to_dim(model.aux) if source == "aux" else torch.ones_like(model.aux)
+    return sample_laplace(scale.new_zeros(b, *scale.shape), scale).transpose(0, 1)
+
+
 @torch.no_grad()
 def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, init: str = "moe") -> Tensor:
-    """v [b d] given x_S: z ~ q_m(z|x_m), m in S random a row; w_m ~ q_m(w|x_m), others ~ p(w).
-    init noise: draws of p0(z) prod p(w_m)."""
+    """v [b d] given x_S: z ~ q_m(z|x_m), m in S random a row; w_m ~ q_m(w|x_m), the others as
+    --w_test says. init noise: draws of p0(z) prod p(w_m)."""
     observed = [m for m in model.modalities if m in x]
     b, device = len(x[observed[0]]), x[observed[0]].device
     mu_z, scale_z, mu_w, scale_w = model.encode(x)
     pick = torch.randint(len(observed), (b,), device=device), torch.arange(b, device=device)
     z = sample_laplace(mu_z[pick], scale_z[pick])
-    w = sample_laplace(mu_z.new_zeros(len(model.modalities), b, model.w_dim), 1.0)
+    w = draw_w(model, b, args.w_test if init == "moe" else "prior")
     if init == "noise":
         return torch.cat([start_prior(b, model, args, device)[:, :model.z_dim], *w], 1)
     for i, name in enumerate(observed):
@@ -671,11 +679,10 @@ def train(model: MMVAEPlus, train_set: data.Dataset, args, run) -> None:
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-def joint_images(model: MMVAEPlus, u: Tensor) -> dict[str, Tensor]:
-    """Decoder means {m: [b c h w]} of u = z, then w_m ~ p(w), or u = (z, w_1 .. w_M)."""
+def joint_images(model: MMVAEPlus, u: Tensor, args) -> dict[str, Tensor]:
+    """Decoder means {m: [b c h w]} of u = z, w as --w_test says, or of u = (z, w_1 .. w_M)."""
     if u.shape[1] == model.z_dim:
-        w = u.new_zeros(len(u), len(model.modalities) * model.w_dim)
-        u = torch.cat([u, sample_laplace(w, 1.0)], 1)
+        u = torch.cat([u, *draw_w(model, len(u), args.w_test)], 1)
     z, w = model.split(u)
     return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)}
 
@@ -705,7 +712,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     real = common.reference(test, train_set, judges, inception, args.n_eval)
 
     def sample(n, steps=args.prior_steps if use_ebm else 0):
-        return joint_images(model, sample_prior(model, n, args, device, steps))
+        return joint_images(model, sample_prior(model, n, args, device, steps), args)
 
     def generate(x, targets, n_steps=args.cross_steps, use_ebm=use_ebm):
         z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
@@ -746,7 +753,7 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
         priors[f"steps{steps}"] = lambda b, steps=steps: sample_prior(model, b, args, z.device,
                                                                       steps)
     for name, draw in priors.items():
-        joint = common.coherence_joint(lambda b: joint_images(model, draw(b)), judges,
+        joint = common.coherence_joint(lambda b: joint_images(model, draw(b), args), judges,
                                        min(n, args.n_eval), args.eval_batch)
         metrics |= {f"{key}_{name}": value for key, value in joint.items()}
     for steps in dict.fromkeys((0, args.post_steps)):

@@ -376,9 +376,26 @@ def test_start_posterior_mixes_experts_and_draws_missing_w_from_the_prior():
     assert torch.allclose((w[0] - mu_w[0, 0]).abs().mean(0), s_w[0, 0], atol=0.1)
 
 
+@pytest.mark.parametrize("source", ["prior", "aux"])
+def test_w_that_is_not_given_is_of_p_w_or_of_the_auxiliary_priors(source):
+    model, x, args = build("--w_test", source)
+    x = {m: v[:1].expand(20_000, *v.shape[1:]) for m, v in x.items()}
+    scale = torch.ones(3, 2).double() if source == "prior" else lep.sum_to_dim(model.aux.detach())
+    w = model.split(lep.start_posterior(model, {"b": x["b"]}, args))[1]
+    for m in (0, 2):                                                       # a and c
+        assert torch.allclose(w[m].abs().mean(0), scale[m], rtol=0.04)
+    seen = {}
+    for m in SHAPES:
+        model.decoders[m].register_forward_hook(lambda net, given, out, m=m: seen.update(
+            {m: given[0][:, :2]}))
+    lep.joint_images(model, torch.zeros(20_000, 3).double(), args)
+    for i, m in enumerate(SHAPES):
+        assert torch.allclose(seen[m].abs().mean(0), scale[i], rtol=0.04)
+
+
 @pytest.mark.parametrize("base", ["laplace", "gaussian"])
 def test_a_posterior_chain_from_noise_starts_at_the_base_prior(base):
-    model, x, args = build("--base", base, "--base_scale", "3", b=1)
+    model, x, args = build("--base", base, "--base_scale", "3", "--w_test", "aux", b=1)
     x = {m: v.expand(20_000, *v.shape[1:]) for m, v in x.items()}
     z, w = model.split(lep.start_posterior(model, x, args, "noise"))
     want = 3 if base == "laplace" else 3 * math.sqrt(2 / math.pi)          # mean |z|
