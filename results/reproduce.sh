@@ -59,10 +59,16 @@ latent_ebm_prior polymnist10 three-modalities 0 --n_modalities 3 --n_train 30000
 jnf polymnist 3000-steps 0 --net conv --z_dim 32 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --n_eval 1000
 latent_ebm_prior polymnist cross-warmup 0 --net patch --width 32 --z_dim 16 --w_dim 32 --decoder_dist normal --decoder_scale 0.15 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
 latent_ebm_prior polymnist cross-warmup-wide 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
+latent_ebm_prior polymnist cross-warmup-long-f 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15 --n_eval 5000
+latent_ebm_prior polymnist cross-warmup-long-f-aux 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15 --n_eval 5000 --w_test aux --eval_only --checkpoint runs/results/cross-warmup-long-f/latent_ebm_prior/polymnist/0/checkpoint.pt
+latent_ebm_prior polymnist cross-warmup-mcmc 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000 --inference mcmc --post_steps 5
+latent_ebm_prior polymnist cross-warmup-mcmc-aux 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000 --inference mcmc --post_steps 5 --w_test aux --eval_only --checkpoint runs/results/cross-warmup-mcmc/latent_ebm_prior/polymnist/0/checkpoint.pt
 latent_ebm_prior mnist_svhn shared-small 0 --net patch --width 32 --batch_size 64 --decay --lr 3e-3 --objective elbo --k 1 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 3 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn shared-k3-8-epochs 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3
 latent_ebm_prior mnist_svhn long-f 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15
+latent_ebm_prior mnist_svhn long-f 1 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15
+latent_ebm_prior mnist_svhn long-f 2 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15
 latent_ebm_prior mnist_svhn shared-k3-mcmc 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5
 latent_ebm_prior mnist_svhn shared-k3-sigmoid 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --sigmoid
 ebm_revision mnist_svhn small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
@@ -72,6 +78,11 @@ ebm_revision synth_mnist_svhn mixture-start 1 --z_init random --mixed 0 --epochs
 ebm_revision synth_mnist_svhn mixture-start-20-steps 0 --z_init random --z_steps 20 --z_step_size 0.2 --z_noise 0.2 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 0 --mixed 0 --epochs 20 --x_steps_test 30
 latent_ebm_prior synth_mnist_svhn mcmc 0 --inference mcmc --post_steps 5 --epochs_ebm 2 --ebm_act gelu --max_gap 50
+latent_ebm_prior synth_mnist_svhn mcmc-small-step 0 --inference mcmc --post_steps 5 --post_step_size 0.01
+latent_ebm_prior synth_mnist_svhn mcmc-small-step-aux 0 --inference mcmc --post_steps 5 --post_step_size 0.01 --w_test aux --eval_only --checkpoint runs/results/mcmc-small-step/latent_ebm_prior/synth_mnist_svhn/0/checkpoint.pt
+latent_ebm_prior synth_mnist_svhn mcmc-u 0 --inference mcmc --post_steps 5 --ebm_on u
+latent_ebm_prior synth_mnist_svhn mcmc-u-aux 0 --inference mcmc --post_steps 5 --ebm_on u --w_test aux --eval_only --checkpoint runs/results/mcmc-u/latent_ebm_prior/synth_mnist_svhn/0/checkpoint.pt
+latent_ebm_prior synth_mnist_svhn aux 0 --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_mnist_svhn/0/checkpoint.pt
 latent_ebm_prior synth_mnist_svhn short-f 0 --epochs_ebm 2 --ebm_act gelu --max_gap 50
 sbm_vae synth_polymnist unmasked 0 --cond_train none --obs_noise fresh --epochs_energy 10 --guide_sweep 0 0.3 1 3 10 --curve
 sbm_vae synth_polymnist unmasked-fixed 0 --cond_train none --epochs_energy 10 --eval_only --checkpoint runs/results/unmasked/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
@@ -127,6 +138,9 @@ ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {1..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
+    for seed in {0..4}; do
+        echo "latent_ebm_prior synth_polymnist aux $seed --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_polymnist/$seed/checkpoint.pt"
+    done
     for seed in {1..10}; do
         echo "latent_ebm_prior synth_polymnist sigmoid $seed --sigmoid --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50"
     done
