@@ -803,7 +803,7 @@ def diagnose_posterior(model: MMVAEPlus, test: data.Dataset, args, run, use_ebm)
 
 
 def probe_latents(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args, run) -> dict:
-    """latent_accuracy_z, _w_<m>: what a linear classifier reads in draws; class in w: a leak."""
+    """latent_accuracy_z, _w_<m>: test accuracy of linear classifiers of draws; of w: a leak."""
     sets = train_set.head(2000), test.head(2000)
     (z, w), (z_test, w_test) = (model.split(encoded(model, s, args, run.device)) for s in sets)
     pairs = {"z": (z, z_test)} | {f"w_{m}": pair for m, *pair in zip(
