@@ -71,7 +71,7 @@ METHODS = {
         "polymnist": ("small", "small")}),
     "latent_ebm_prior": ("Laplace prior (MMVAE+)", "_base", {
         "synth_mnist_svhn": ("default", "default"), "synth_polymnist": ("default", "default"),
-        "mnist_svhn": ("shared-k3-8-epochs", "shared-k3-8-epochs"),
+        "mnist_svhn": ("long-f", "long-f"),
         "polymnist": ("cross-warmup-wide", "cross-warmup-wide")}),
     "ebm_revision": ("generator alone", "_initial", {
         "synth_mnist_svhn": ("default", "default"),
