@@ -138,7 +138,7 @@ ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {1..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
-    for seed in {0..4}; do
+    for seed in {0..19}; do
         echo "latent_ebm_prior synth_polymnist aux $seed --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_polymnist/$seed/checkpoint.pt"
     done
     for seed in {1..10}; do
