@@ -491,12 +491,12 @@ def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, init: str = "m
     --w_test says. init noise: draws of p0(z) prod p(w_m)."""
     observed = [m for m in model.modalities if m in x]
     b, device = len(x[observed[0]]), x[observed[0]].device
+    if init == "noise":                                                    # no encoder is asked
+        z = start_prior(b, model, args, device)[:, :model.z_dim]
+        return torch.cat([z, *draw_w(model, b, "prior")], 1)
     mu_z, scale_z, mu_w, scale_w = model.encode(x)
     pick = torch.randint(len(observed), (b,), device=device), torch.arange(b, device=device)
-    z = sample_laplace(mu_z[pick], scale_z[pick])
-    w = draw_w(model, b, args.w_test if init == "moe" else "prior")
-    if init == "noise":
-        return torch.cat([start_prior(b, model, args, device)[:, :model.z_dim], *w], 1)
+    z, w = sample_laplace(mu_z[pick], scale_z[pick]), draw_w(model, b, args.w_test)
     for i, name in enumerate(observed):
         w[model.modalities.index(name)] = sample_laplace(mu_w[i], scale_w[i])
     return torch.cat([z, *w], 1)
