@@ -27,7 +27,7 @@ picture.
 Usage
   python ebm_revision.py                                 synthetic digits, small nets, CPU
   python ebm_revision.py --dataset polymnist --data_dir DIR
-  python results/ablation.py                             a table of variants; results: README
+  python results/ablation.py                             a table of variants (results/README.md)
 
 Deviations. The paper's body was not at hand: values are of the authors' unimodal code or ours.
   D1 text is revised on its logits; the energy sees softmax(logits) times an embedding

@@ -23,7 +23,7 @@ Algorithm
 Usage
   python jnf.py                                          synthetic digits, minutes on two CPU cores
   python jnf.py --dataset mnist_svhn --data_dir DIR      the authors' setting; --help lists flags
-  python jnf.py --shared contrastive                     JNF-Shared;  results: README.md
+  python jnf.py --shared contrastive                     JNF-Shared;  results: results/README.md
 
 Deviations from the authors' public code
   D1 the prior's exponent is |S|-1 (theirs: 1; --prior_exponent official)
@@ -48,7 +48,7 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-# The authors' values where known, else ours: README, JNF in detail.
+# The authors' values where known, else ours: results/README.md.
 POLY = dict(z_dim=128, net="resnet", beta=1.0, rescale=False, plateau=30, n_leapfrog=25)
 PRESETS = {
     "synth_mnist_svhn": dict(epochs_shared=5, epochs_joint=10, epochs_flow=7, lr=2e-3,

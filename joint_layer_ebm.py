@@ -51,7 +51,7 @@ import data
 
 # ---- Config --------------------------------------------------------------------------------------
 # cifar10 is the authors' public configuration; svhn and celeba are its sampler on the nets of the
-# single-layer predecessor, sizes from memory; the rest is ours (README: what the presets are).
+# single-layer predecessor, sizes from memory; the rest is ours (results/README.md).
 SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[200], f_layers=[2],
              prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=3e-4, epochs_backbone=5, epochs=2,
              width=24, decay=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rows of the README's tables, in order of priority:
+# The rows of the tables in results/README.md, in order of priority:
 #
 #   bash results/reproduce.sh [--minutes N] [--only SCRIPT] [--data_dir DIR] [--device cuda] [--publish]
 #

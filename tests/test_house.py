@@ -80,7 +80,7 @@ def test_help_says_the_preset_values():
     assert re.search(r"--z_dim \S+\s+\(default: 128\)", done.stdout)
 
 
-def test_readme_tables_are_those_of_the_results():
+def test_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, "results/tables.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run: python results/tables.py"
 
@@ -94,7 +94,8 @@ QUOTED = {"jnf": "0.52 0.75", "latent_ebm_prior": "0.943 0.897 0.574 0.878",    
     ("Joint-layer EBM", "joint_layer_ebm"), ("EBM revision", "ebm_revision")])
 def test_a_decimal_in_the_text_is_a_metric_of_some_result(title, script):
     """Rounded as in the text; in a script's section, but for tables, code and QUOTED."""
-    section = re.search(rf"\n### {title}\n(.*?)\n###? ", (ROOT / "README.md").read_text(), re.S)
+    page = (ROOT / "results/README.md").read_text()
+    section = re.search(rf"\n## {title}\n(.*?)\n## ", page, re.S)
     text = re.sub(r"<!-- table.*?<!-- end -->|`[^`]*`", "", section.group(1), flags=re.S)
     text = re.sub(r"^\|.*$", "", text, flags=re.M)
     values = []
@@ -128,8 +129,24 @@ def test_no_data_and_no_large_file_is_in_the_repository():
 
 
 def test_no_path_of_one_machine():
-    for path in [ROOT / "README.md", *(ROOT / "results").rglob("*.json")]:
+    for path in [ROOT / "README.md", ROOT / "results/README.md",
+                 *(ROOT / "results").rglob("*.json")]:
         assert not re.search(r"(^|[\s`\"=])/(tmp|home|root|work|Users)/", path.read_text()), path
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_what_a_page_shows_or_links_exists(page):
+    """Pictures, files and sections."""
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
+        path, _, section = "".join(link).partition("#")
+        if path.startswith("http"):
+            continue
+        target = folder / path if path else ROOT / page
+        assert target.exists(), path
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if section else []
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not section or section in slugs, f"{path}#{section}"
 
 
 def test_readme_begins_with_the_two_commands():
