@@ -1,4 +1,4 @@
-"""Rewrites the tables of both READMEs from results/**/result.json: python results/tables.py [--check]
+"""Rewrites the tables of both READMEs from result.json:  python results/tables.py [--check]
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, in README.md or in
 results/README.md. Each row is one variant: the mean and, with two seeds or more, the standard
@@ -6,6 +6,7 @@ deviation over its seeds. --check changes nothing and exits with 1 if a README d
 """
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -43,10 +44,17 @@ def cell(results: list[dict], metric: str) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
+def command(result: dict) -> str:
+    """The command of a result, less what changes no number (folders, --resume), and its commit."""
+    shown = "`" + re.sub(r" --(out_dir|judges) \S+| --resume", "", result["command"]) + "`"
+    return shown + (f" at {result['commit'][:7]}" if "commit" in result else "")
+
+
 def table(folder: str, columns: list[tuple[str, str]]) -> str:
+    """A row a variant; below it, folded away, the command and commit of each one's first seed."""
     head = ["data set", "variant", *(name for name, _ in columns)]
     head += ["seeds", "n", "minutes", "device"]
-    rows = ["| " + " | ".join(head) + " | command |", "|" + "---|" * (len(head) + 1)]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     variants: dict[tuple[str, str], list[dict]] = {}
     for path in sorted((ROOT / "results" / folder).glob("*/*/*/result.json")):
         variants.setdefault(path.parts[-4:-2], []).append(json.loads(path.read_text()))
@@ -54,8 +62,12 @@ def table(folder: str, columns: list[tuple[str, str]]) -> str:
         minutes = statistics.mean(r["minutes"] for r in results)
         cells = [dataset, variant, *(cell(results, metric) for _, metric in columns),
                  str(len(results)), str(results[0]["n"]), f"{minutes:.0f}", results[0]["device"]]
-        rows.append("| " + " | ".join(cells) + f" | `{results[0]['command']}` |")
-    return "\n".join(rows)
+        rows.append("| " + " | ".join(cells) + " |")
+    rows += ["", "<details><summary>Commands of these rows (first seed, and the commit that it ran "
+             "at; folders left out)</summary>", ""]
+    rows += [f"* {dataset}, {variant}: {command(r)}"
+             for (dataset, variant), (r, *_) in variants.items()]
+    return "\n".join([*rows, "", "</details>"])
 
 
 # script: (its baseline, suffix of the baseline's metrics, {data set: (its row, baseline's row)})
@@ -199,6 +211,54 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
     return "\n".join(rows)
 
 
+INFERENCE = [      # data, variants (data set/row) without and with posterior chains
+    ("synthetic pairs", "synth_mnist_svhn", "default", "mcmc-small-step"),
+    ("the same, w of r_m", "synth_mnist_svhn", "aux", "mcmc-small-step-aux"),
+    ("the same, f on all latents", "synth_mnist_svhn", None, "mcmc-u"),
+    ("f on all latents, w of r_m", "synth_mnist_svhn", None, "mcmc-u-aux"),
+    ("real pairs, no w", "mnist_svhn", "shared-k3-8-epochs", "shared-k3-mcmc"),
+    ("PolyMNIST", "polymnist", "cross-warmup-wide", "cross-warmup-mcmc"),
+    ("PolyMNIST, w of r_m", "polymnist", "cross-warmup-long-f-aux", "cross-warmup-mcmc-aux")]
+
+
+def inference() -> str:
+    """Latent EBM with and without MCMC inference: joint coherence under the base prior -> the EBM
+    prior; given one."""
+    head = ["data", "amortised inference", "seeds", "posterior chains", "seeds", "rows"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, dataset, *variants in INFERENCE:
+        cells = []
+        for results in (seeds("latent_ebm_prior", dataset, v) if v else [] for v in variants):
+            base, joint, given = (cell(results, f"coherence_{key}")
+                                  for key in ("joint_base", "joint", "cross_1"))
+            cells += [f"{base} → {joint}; {given}" if results else "not run", str(len(results))]
+        rows.append("| " + " | ".join([name, *cells, ", ".join(f"`{v}`" for v in variants if v)])
+                    + " |")
+    return "\n".join(rows)
+
+
+IMPOSED = {        # how observed latents enter: row of sbm_vae's polymnist10
+    "masked training, clean observed latents (default)": "4-modalities",
+    "masked, noised anew in each step": "4-modalities-fresh",
+    "masked, official": "4-modalities-official",
+    "no masks, noised anew in each step": "4-modalities-unmasked",
+    "no masks, official": "4-modalities-unmasked-official",
+    "no masks, noised anew, guided at 10": "4-modalities-unmasked-guided",
+    "masked, clean, guided at 10": "4-modalities-masked-guided",
+    "`--preset paper`, but with our stage 1, small net, rates and schedule": "4-modalities-paper"}
+
+
+def imposed() -> str:
+    """SBM-VAE on four of PolyMNIST's modalities: coherence (and the judge's distance) given k."""
+    rows = ["| | one | two | three |", "|---|---|---|---|"]
+    for name, variant in IMPOSED.items():
+        m = of_run(variant, "polymnist10", "sbm_vae")
+        cells = [f"{m[f'coherence_cross_{k}']:.2f} ({m[f'frechet_clf_cross_{k}']:.0f})"
+                 for k in (1, 2, 3)]
+        rows.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(rows)
+
+
 PAPERS = {1: (".063", ".470", ".722", ".494"), 4: (".337", ".941", ".949", ".920"),
           5: (".325", ".964", ".980", ".913"), 7: (".148", ".815", ".941", ".680"),
           9: (".104", ".796", ".935", ".791")}     # VAE, the paper, its successor, HVAE L>0 there
@@ -288,6 +348,7 @@ def main() -> int:
              "comparison_poly": comparison("polymnist", (1, 2, 3, 4)),
              "toy": intervals("toy", toy, "chains"), "benchmark": benchmark(),
              "ablation": intervals("ablation", ablated, "variant"),
+             "inference": inference(), "imposed": imposed(),
              "joint_layer_anomaly": anomaly(), "joint_layer_ood": ood()}
     pages = [ROOT / "README.md", ROOT / "results/README.md"]
     filled = [fill(page.read_text(), made) for page in pages]
