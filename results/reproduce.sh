@@ -32,6 +32,7 @@ sbm_vae synth_mnist_svhn default 0
 latent_ebm_prior synth_mnist_svhn default 0
 jnf synth_mnist_svhn gaussian 0 --flow_blocks 0
 jnf synth_polymnist three-modalities 0
+jnf synth_polymnist three-modalities-gaussian 0 --flow_blocks 0
 jnf shapes default 0
 sbm_vae synth_polymnist obs-noise-fresh 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fresh --curve
 sbm_vae synth_polymnist obs-noise-fixed 0 --eval_only --checkpoint runs/results/default/sbm_vae/synth_polymnist/0/checkpoint.pt --obs_noise fixed --curve
@@ -137,7 +138,14 @@ ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
+    for seed in {3..19}; do echo "joint_layer_ebm synth_svhn default $seed"; done
     for seed in {1..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
+    for seed in 1 2; do
+        echo "latent_ebm_prior synth_mnist_svhn aux $seed --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
+        echo "latent_ebm_prior synth_mnist_svhn mcmc-small-step $seed --inference mcmc --post_steps 5 --post_step_size 0.01"
+        echo "latent_ebm_prior synth_mnist_svhn mcmc-small-step-aux $seed --inference mcmc --post_steps 5 --post_step_size 0.01 --w_test aux --eval_only --checkpoint runs/results/mcmc-small-step/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
+        echo "latent_ebm_prior mnist_svhn shared-k3-mcmc $seed --width 32 --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5"
+    done
     for seed in {0..19}; do
         echo "latent_ebm_prior synth_polymnist aux $seed --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_polymnist/$seed/checkpoint.pt"
     done
