@@ -1,7 +1,7 @@
 """MultiVae 1.0.3 under this repository's protocol: JNF on real MNIST-SVHN, as jnf.py --max_steps;
 MMVAE+ on the synthetic pairs, as the autoencoder of latent_ebm_prior.py under its Laplace prior.
 
-    python tests/peer_quality.py jnf --data_dir DIR [--steps 3000] [--seed 0] [--out FILE]
+    python tests/peer_quality.py --data_dir DIR [--steps 3000] [--seed 0] [--out FILE]
     python tests/peer_quality.py latent_ebm_prior [--seed 0] [--out FILE]
 
 Same nets, images, number and size of batches (JNF: of pairs drawn at random within class, not the
@@ -133,7 +133,7 @@ def evaluate(model, train_set: data.Dataset, test: data.Dataset, judges: dict) -
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("script", choices=["jnf", "latent_ebm_prior"])
+    p.add_argument("script", nargs="?", default="jnf", choices=["jnf", "latent_ebm_prior"])
     p.add_argument("--data_dir", default="datasets")
     p.add_argument("--steps", type=int, default=3000, help="of JNF")
     p.add_argument("--seed", type=int, default=0)
