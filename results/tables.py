@@ -325,12 +325,8 @@ def benchmark() -> str:
 
 def fill(text: str, tables: dict[str, str]) -> str:
     """The page with the tables that it names put in."""
-    for name, rows in tables.items():
-        start, end = f"<!-- table {name} -->\n", "<!-- end -->"
-        if start in text:
-            before, rest = text.split(start)
-            text = before + start + rows + "\n" + end + rest.split(end, 1)[1]
-    return text
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+                  lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", text, flags=re.S)
 
 
 def main() -> int:
