@@ -5,24 +5,41 @@
 #
 # A finished row is skipped, a broken-off one resumed; after N minutes the run at hand saves its
 # checkpoint and the rest is listed as left. Runs live in runs/results/<variant>. --publish copies
-# their result.json and pictures to results/ and rewrites the tables; rows of real data need DIR.
+# their result.json and pictures to results/ and rewrites the tables; rows of real data need DIR,
+# rows `full`, the papers' configurations, a GPU as well: they come first with --device cuda. The
+# ablation of ebm_revision, five seeds, comes last.
 set -u
 cd "$(dirname "$0")/.."
 minutes=100000 only="" data="" device=auto publish=0
+usage() { echo "$1" >&2; sed -n '2,10p' "$0" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
-        --minutes) minutes="$2"; shift 2 ;;
-        --only) only="$2"; shift 2 ;;
-        --data_dir) data="$2"; shift 2 ;;
-        --device) device="$2"; shift 2 ;;
-        --publish) publish=1; shift ;;
-        *) sed -n '2,8p' "$0" >&2; exit 2 ;;
+        --publish) publish=1; shift; continue ;;
+        --minutes | --only | --data_dir | --device) [ $# -gt 1 ] || usage "$1 needs a value" ;;
+        *) usage "no such option: $1" ;;
     esac
+    case "$1" in
+        --minutes) minutes="$2" ;;
+        --only) only="$2" ;;
+        --data_dir) data="$2" ;;
+        --device) device="$2" ;;
+    esac
+    shift 2
 done
+[[ "$minutes" =~ ^[0-9]+$ ]] || usage "--minutes $minutes: give a whole number"
+[ -z "$only" ] || [ -e "$only.py" ] || usage "--only $only: there is no $only.py"
+[ -z "$data" ] || [ -d "$data" ] || usage "--data_dir $data: there is no such folder"
 
 # script, data set, variant, seed, flags
 rows() {
     cat <<'ROWS'
+jnf mnist_svhn full 0 --amp --compile
+latent_ebm_prior mnist_svhn full 0 --amp --compile
+jnf polymnist full 0 --amp --compile
+latent_ebm_prior polymnist full 0 --amp --compile
+sbm_vae polymnist10 full 0 --preset paper --amp
+joint_layer_ebm cifar10 full 0 --amp
+ebm_revision polymnist full 0 --amp
 jnf synth_mnist_svhn default 0
 joint_layer_ebm synth_svhn default 0
 sbm_vae synth_polymnist default 0
@@ -164,6 +181,8 @@ while read -r script dataset variant seed flags; do
         echo "done: $name"
     elif [[ "$dataset" != synth_* && "$dataset" != shapes && -z "$data" ]]; then
         echo "left: $name (needs --data_dir)"; left=$((left + 1)); continue
+    elif [[ "$variant" == full && "$device" != cuda* ]]; then
+        echo "left: $name (needs --device cuda)"; left=$((left + 1)); continue
     elif [ "$(date +%s)" -ge "$end" ]; then
         echo "left: $name"; left=$((left + 1)); continue
     else
@@ -186,5 +205,22 @@ while read -r script dataset variant seed flags; do
         mkdir -p "$to" && cp "$folder"/result.json "$folder"/*.png "$to"
     fi
 done < <(rows)
+
+for seed in 0 1 2 3 4; do                                  # every variant: hours a seed on a CPU
+    [ -n "$only" ] && [ "$only" != ebm_revision ] && break
+    name="ebm_revision's ablation $seed" table="runs/ablation/synth_mnist_svhn/$seed.json"
+    if [ -e "$table" ]; then
+        echo "done: $name"
+    elif [ "$(date +%s)" -lt "$end" ]; then
+        echo "run:  $name"
+        timeout --foreground --kill-after=60 "$((end - $(date +%s)))" python results/ablation.py \
+            --seed "$seed" --mixed 0 --epochs 20 --x_steps_test 30 --device "$device" < /dev/null
+    fi
+    if [ ! -e "$table" ]; then
+        echo "left: $name"; left=$((left + 1))
+    elif [ "$publish" = 1 ]; then
+        mkdir -p results/ebm_revision/ablation && cp "$table" results/ebm_revision/ablation
+    fi
+done
 [ "$publish" = 1 ] && python results/tables.py
 echo "$left rows left"
