@@ -2,19 +2,21 @@
 # The rows of the tables in results/README.md, in order of priority:
 #
 #   bash results/reproduce.sh [--minutes N] [--only SCRIPT] [--data_dir DIR] [--device cuda] [--publish]
+#                             [--list]
 #
 # A finished row is skipped, a broken-off one resumed; after N minutes the run at hand saves its
 # checkpoint and the rest is listed as left. Runs live in runs/results/<variant>. --publish copies
 # their result.json and pictures to results/ and rewrites the tables; rows of real data need DIR,
 # rows `full`, the papers' configurations, a GPU as well: they come first with --device cuda. The
-# ablation of ebm_revision, five seeds, comes last.
+# ablation of ebm_revision, five seeds, comes last. --list prints the commands and runs none.
 set -u
 cd "$(dirname "$0")/.."
-minutes=100000 only="" data="" device=auto publish=0
-usage() { echo "$1" >&2; sed -n '2,10p' "$0" >&2; exit 2; }
+minutes=100000 only="" data="" device=auto publish=0 list=0
+usage() { echo "$1" >&2; sed -n '2,11p' "$0" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
         --publish) publish=1; shift; continue ;;
+        --list) list=1; shift; continue ;;
         --minutes | --only | --data_dir | --device) [ $# -gt 1 ] || usage "$1 needs a value" ;;
         *) usage "no such option: $1" ;;
     esac
@@ -177,7 +179,12 @@ while read -r script dataset variant seed flags; do
     [ -n "$only" ] && [ "$only" != "$script" ] && continue
     name="$script $dataset $variant $seed"
     out="runs/results/$variant" folder="runs/results/$variant/$script/$dataset/$seed"
-    if [ -e "$folder/result.json" ]; then
+    # shellcheck disable=SC2206
+    command=(python "$script.py" --dataset "$dataset" --seed "$seed" --out_dir "$out"
+             --judges runs/judges --device "$device" --data_dir "${data:-datasets}" $flags)
+    if [ "$list" = 1 ]; then
+        echo "${command[*]}"; continue
+    elif [ -e "$folder/result.json" ]; then
         echo "done: $name"
     elif [[ "$dataset" != synth_* && "$dataset" != shapes && -z "$data" ]]; then
         echo "left: $name (needs --data_dir)"; left=$((left + 1)); continue
@@ -186,15 +193,12 @@ while read -r script dataset variant seed flags; do
     elif [ "$(date +%s)" -ge "$end" ]; then
         echo "left: $name"; left=$((left + 1)); continue
     else
-        resume=""
-        [ -e "$folder/checkpoint.pt" ] && resume="--resume"
-        [ -z "$resume" ] && [ -e "$folder/config.json" ] && resume="--overwrite"
+        if [[ "$flags" != *--eval_only* ]]; then           # which leaves no checkpoint
+            [ -e "$folder/checkpoint.pt" ] && command+=(--resume)
+            [ ! -e "$folder/checkpoint.pt" ] && [ -e "$folder/config.json" ] && command+=(--overwrite)
+        fi
         echo "run:  $name"
-        # shellcheck disable=SC2086
-        timeout --foreground --kill-after=60 "$((end - $(date +%s)))" python "$script.py" --dataset "$dataset" \
-            --seed "$seed" --out_dir "$out" --judges runs/judges --device "$device" \
-            --data_dir "${data:-datasets}" \
-            $flags $resume < /dev/null
+        timeout --foreground --kill-after=60 "$((end - $(date +%s)))" "${command[@]}" < /dev/null
         code=$?
         if [ ! -e "$folder/result.json" ]; then
             echo "left: $name (exit code $code)"; left=$((left + 1)); continue
@@ -205,6 +209,7 @@ while read -r script dataset variant seed flags; do
         mkdir -p "$to" && cp "$folder"/result.json "$folder"/*.png "$to"
     fi
 done < <(rows)
+[ "$list" = 1 ] && exit
 
 for seed in 0 1 2 3 4; do                                  # every variant: hours a seed on a CPU
     [ -n "$only" ] && [ "$only" != ebm_revision ] && break

@@ -1,7 +1,9 @@
 """The rules of the repository that a program can check."""
 import ast
+import importlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +85,61 @@ def test_help_says_the_preset_values():
 def test_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, "results/tables.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run: python results/tables.py"
+
+
+def test_every_row_of_reproduce_is_a_command_of_today():
+    done = subprocess.run(["bash", "results/reproduce.sh", "--list"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    commands = [line.split() for line in done.stdout.splitlines()]
+    folders = [command[command.index("--out_dir") + 1] + "".join(command[1:6])
+               for command in commands]
+    assert len(commands) > 100 and len(set(folders)) == len(folders), "two rows share a folder"
+    for python, script, *flags in commands:
+        importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+
+
+@pytest.mark.parametrize("bad", ["--minutes soon", "--only foo", "--data_dir nowhere", "--foo"])
+def test_reproduce_refuses_a_bad_option(bad):
+    done = subprocess.run(["bash", "results/reproduce.sh", *bad.split()], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and bad.split()[0] in done.stderr.splitlines()[0]
+
+
+STUB = """
+import pathlib, sys
+a = sys.argv
+folder = pathlib.Path(a[a.index("--out_dir") + 1], a[0][:-3], *(a[i + 1] for i in (1, 3)))
+folder.mkdir(parents=True, exist_ok=True)
+fresh = not (folder / "calls").exists()
+open(folder / "calls", "a").write(" ".join(a) + "\\n")
+(folder / "config.json").touch()
+if "--eval_only" not in a:
+    (folder / "checkpoint.pt").touch()
+(folder / ("killed" if fresh else "result.json")).touch()
+"""
+
+
+def test_reproduce_resumes_what_broke_off_and_repeats_nothing_finished(tmp_path):
+    """With a stand-in for the script that leaves no result when it is called first."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/reproduce.sh").write_text((ROOT / "results/reproduce.sh").read_text())
+    (tmp_path / "sbm_vae.py").write_text(STUB)
+
+    def run(minutes):
+        command = f"bash results/reproduce.sh --only sbm_vae --minutes {minutes}"
+        return subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True,
+                              check=True, env=os.environ | {"PATH": path}).stdout.splitlines()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    real = [line for line in run(0) if "(needs --data_dir)" in line]
+    first, second, third = run(9), run(9), run(9)
+    rows = [line for line in first if line.startswith("run:")]
+    assert real and rows and len(real) + len(rows) == int(first[-1].split()[0])
+    assert [line for line in second if line.startswith("run:")] == rows
+    assert not [line for line in third if line.startswith("run:")]
+    assert second[-1] == third[-1] == f"{len(real)} rows left"
+    for calls in tmp_path.glob("runs/results/*/sbm_vae/*/*/calls"):
+        one, two = calls.read_text().splitlines()
+        assert two == one + " --resume" * ("--eval_only" not in one)
 
 
 QUOTED = {"jnf": "0.52 0.75", "latent_ebm_prior": "0.943 0.897 0.574 0.878",       # from the papers
