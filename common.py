@@ -420,8 +420,7 @@ def chain_report(chains: Tensor, path, accept_rate=None, energy: Tensor | None =
 
 # ---- Gaussian mixture: weights [k], means [k d], Cholesky factors [k d d] ------------------------
 def fit_gmm(z: Tensor, k: int, seed: int = 0, n_iter: int = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """EM on z [n d] from k-means++, float64; each covariance gets 1e-4 of z's mean variance on its
-    diagonal. Memory: n k d floats."""
+    """EM on z [n d] from k-means++, float64, 1e-4 of z's variance on diagonals; n k d floats."""
     z, rng = z.detach().double(), torch.Generator().manual_seed(seed)
     floor = 1e-4 * z.var(0).mean() * torch.eye(z.shape[1]).to(z)
     means = z[torch.randint(len(z), (1,), generator=rng)]
@@ -743,7 +742,8 @@ class Run(ExitStack):
         metrics = {key: _plain(value) for key, value in metrics.items()}
         for key, value in metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"{key} is {value} at step {metrics.get('step', '?')}")
+                raise FloatingPointError(f"{key} is {value} at step {metrics.get('step', '?')}: "
+                                         "give a smaller learning rate (--lr, --lr_...)")
         if self.rank == 0:
             self._log = self._log or self.enter_context(open(self.dir / "metrics.jsonl", "a"))
             self._log.write(json.dumps(metrics | {"wall_s": round(self.wall_s(), 3)}) + "\n")
