@@ -45,6 +45,8 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
      never comes back, because the gradient of a Laplace likelihood does not grow with the error
   D9 --cross_warmup: in these first epochs latents explain the other modalities alone, and beta and
      the draws' scales grow from 0 (no bound yet); else real PolyMNIST's z stays blind to digits
+  D10 latents can be sharp where decoders look and wide where they do not: --whiten has f, p0 and
+     chains in units of mean |z|; --smooth blurs z_pos and ends generation with Tweedie's step
 """
 import argparse
 import math
@@ -114,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr_ebm", type=number(float, 0, open_low=True), default=1e-4)
     flag("--decay", action=switch, default=False, help="rates go down to 0 along a stage, linearly")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of both signs")
+    flag("--whiten", action=switch, default=False, help="f alone: z in units of its spread (D10)")
+    flag("--smooth", type=number(float, 0), default=0.0, help="f alone: noise on z_pos (D10)")
     flag("--max_gap", type=number(float, 0, open_low=True), default=50.0, help="rollback at |gap|")
     flag("--inference", default="amortised", choices=["amortised", "mcmc"])
     flag("--rho", type=number(float, 0, 1), default=0.5, help="weight of the chain for decoders")
@@ -139,6 +143,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--objective dreg is for --ebm_on z")
     if args.cross_warmup > min(args.ebm_warmup, max(args.epochs_vae - 1, 0)):
         p.error("--cross_warmup: give as many --ebm_warmup and more --epochs_vae")
+    if (args.whiten or args.smooth) and args.ebm_warmup < args.epochs_vae:
+        p.error("--whiten and --smooth are for f alone: give as many --ebm_warmup as --epochs_vae")
     if args.prior == "ebm" and not args.epochs_ebm and args.ebm_warmup >= args.epochs_vae > 0:
         p.error("f would never train: give --epochs_ebm, or --ebm_warmup below --epochs_vae")
     return args
@@ -233,9 +239,11 @@ class EBM(nn.Module):
         self.act, self.times_slope = ACTS[act]
         self.bound = bound
         self.layers = nn.ModuleList(map(nn.Linear, (dim, hidden, hidden), (hidden, hidden, 1)))
+        self.register_buffer("unit", torch.ones(dim))                      # of z, --whiten
 
     def forward(self, z: Tensor, fixed: bool = False) -> Tensor:
         """z [... d] -> [...]; fixed: parameters are constants, z still gets a gradient."""
+        z = z / self.unit
         for i, layer in enumerate(self.layers):
             weight, bias = (p.detach() if fixed else p for p in (layer.weight, layer.bias))
             z = F.linear(self.act(z) if i else z, weight, bias)
@@ -246,13 +254,13 @@ class EBM(nn.Module):
     def gradient(self, z: Tensor) -> Tensor:
         """df/dz [b d] in closed form, five products: W1'(a'(h1) * W2'(a'(h2) * w3)) sech^2."""
         (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in self.layers)
-        h1 = torch.addmm(b1, z, w1.T)                                      # [b h]
+        h1 = torch.addmm(b1, z / self.unit, w1.T)                          # [b h]
         h2 = torch.addmm(b2, self.act(h1), w2.T)
         back = w3.expand_as(h2)
         if self.bound:
             g = torch.addmm(b3, self.act(h2), w3.T)                        # [b 1]
             back = (1 - torch.tanh(g / self.bound) ** 2) * w3
-        return self.times_slope(self.times_slope(back, h2) @ w2, h1) @ w1
+        return self.times_slope(self.times_slope(back, h2) @ w2, h1) @ w1 / self.unit
 
 
 class MMVAEPlus(nn.Module):
@@ -359,9 +367,9 @@ def log_lik_own(model: MMVAEPlus, x: dict[str, Tensor], z: Tensor, w: Tensor, ar
 
 def log_prior(model: MMVAEPlus, z: Tensor, w_all: Tensor, args, use_ebm: bool) -> Tensor:
     """f + log p0 without log Z, f's parameters fixed: z [... d], w_all [m ... d] (--ebm_on u)."""
-    log_p = log_base(z, args)
     if not use_ebm:
-        return log_p
+        return log_base(z, args)
+    log_p = log_base(z / model.ebm.unit[:model.z_dim], args)               # + constant
     u = z if args.ebm_on == "z" else torch.cat([z, *w_all], -1)
     return log_p + model.ebm(u, fixed=True)
 
@@ -424,11 +432,12 @@ def ebm_loss(f_pos: Tensor, f_neg: Tensor, reg: float) -> Tensor:
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
-def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
+def langevin(log_prob, z: Tensor, n_steps: int, step_size: float | Tensor, gradient=None,
              trace: list | None = None) -> Tensor:
     """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s eps, eps ~ N(0, I); short runs from p0.
 
-    log_prob [b d] -> [b], unnormalised nats, rows separate; gradient: z -> [b d], else autograd.
+    log_prob [b d] -> [b], unnormalised nats, rows separate; gradient: z -> [b d], else autograd; s
+    a number, or one for each dimension [d].
     trace: a list that gets z after each step. Returns end points, detached; z is left untouched.
     """
     z = z.detach()
@@ -445,19 +454,20 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float, gradient=None,
 
 
 def start_prior(n: int, model: MMVAEPlus, args, device) -> Tensor:
-    """Draws of p0(z), or with --ebm_on u of p0(z) prod p(w_m): [n d]."""
+    """Draws of p0(z / unit), or with --ebm_on u of that times prod p(w_m): [n d]."""
     draw = sample_laplace(torch.zeros(n, model.ebm.layers[0].in_features, device=device), 1.0)
     if args.base == "gaussian":
         draw[:, :model.z_dim] = torch.randn(n, model.z_dim, device=device)
     draw[:, :model.z_dim] *= args.base_scale
-    return draw
+    return draw * model.ebm.unit
 
 
 def prior_gradient(model: MMVAEPlus, u: Tensor, args) -> Tensor:
-    """d/du (f + log p0(z) + sum log p(w_m)), closed form: [b d]."""
-    z, w = u[:, :model.z_dim], u[:, model.z_dim:]
+    """d/du (f + log p0(z / unit) + sum log p(w_m)), closed form: [b d]."""
+    v = u / model.ebm.unit
+    z, w = v[:, :model.z_dim], v[:, model.z_dim:]
     pull = z.sign() / args.base_scale if args.base == "laplace" else z / args.base_scale**2
-    return model.ebm.gradient(u) - torch.cat([pull, w.sign()], 1)
+    return model.ebm.gradient(u) - torch.cat([pull, w.sign()], 1) / model.ebm.unit
 
 
 compiled_gradient = cache(lambda: torch.compile(prior_gradient))            # once, when asked for
@@ -468,8 +478,19 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
     """Step 2: n short-run chains from p0, detached [n d]; n_steps 0: draws of p0 itself."""
     n_steps = args.prior_steps if n_steps is None else n_steps
     step = compiled_gradient() if args.compile else prior_gradient
-    return langevin(None, start_prior(n, model, args, device), n_steps, args.prior_step_size,
-                    lambda u: step(model, u, args), trace=trace)
+    return langevin(None, start_prior(n, model, args, device), n_steps,
+                    args.prior_step_size * model.ebm.unit, lambda u: step(model, u, args),
+                    trace=trace)
+
+
+def blur(model: MMVAEPlus, u: Tensor, args) -> Tensor:
+    """u [b d] with noise of --smooth units (D10)."""
+    return u + args.smooth * model.ebm.unit * torch.randn_like(u) if args.smooth else u
+
+
+def denoise(model: MMVAEPlus, u: Tensor, args) -> Tensor:
+    """The mean of what was blurred to u: u + sigma^2 d/du log p(u) (Tweedie), [b d]; p the prior."""
+    return u + (args.smooth * model.ebm.unit) ** 2 * prior_gradient(model, u, args)
 
 
 def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: bool) -> Tensor:
@@ -514,7 +535,7 @@ def sample_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, n_steps: int,
 def metropolis_rate(log_prob, gradient, z: Tensor, step_size: float) -> Tensor:
     """Mean acceptance [] of a Metropolis test of one Langevin step from z [b d]; 1: no bias."""
     def log_move(to, start, grad):
-        return -((to - start - 0.5 * step_size**2 * grad) ** 2).sum(1) / (2 * step_size**2)
+        return -0.5 * (((to - start) / step_size - 0.5 * step_size * grad) ** 2).sum(1)
     grad = gradient(z)
     new = z + 0.5 * step_size**2 * grad + step_size * torch.randn_like(z)
     log_ratio = log_move(z, new, gradient(new)) - log_move(new, z, grad)
@@ -525,6 +546,7 @@ def metropolis_rate(log_prob, gradient, z: Tensor, step_size: float) -> Tensor:
 def ebm_step(model: MMVAEPlus, z_pos: Tensor, opt, args, world: int) -> dict[str, Tensor]:
     """Steps 2 and 4: fresh prior chains, then one step of f."""
     z_neg = sample_prior(model, max(args.chains // world, 1), args, z_pos.device)
+    z_pos = blur(model, z_pos, args)
     f_pos, f_neg = model.ebm(z_pos), model.ebm(z_neg)
     opt.zero_grad(set_to_none=True)
     ebm_loss(f_pos, f_neg, args.ebm_reg).backward()
@@ -617,7 +639,7 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
     """Stage 0: autoencoder and EBM; stage 1: EBM alone; from its start or a checkpoint's state."""
     name, coded = ("vae", "ebm")[index], index == 1 and args.inference == "amortised"
     opts = make_optimisers(model, args, run)
-    train_set = with_encodings(model, train_set) if coded else train_set
+    images, train_set = train_set, with_encodings(model, train_set) if coded else train_set
     names = [f"q_{m}" for m in model.modalities] if coded else model.modalities
     per_epoch = max(len(train_set) // args.batch_size, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
@@ -632,6 +654,11 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
         run.save({"stage": index, "step": step, "model": model.state_dict(),
                   "opts": {key: opt.state_dict() for key, opt in opts.items()}})
 
+    if index and args.whiten and not state:
+        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+            torch.manual_seed(args.seed)                                   # the same on every rank
+            z = encoded(model, images.head(5000), args, run.device)[:, :model.z_dim]
+        model.ebm.unit[:model.z_dim] = z.abs().mean(0)
     step = restore(state) if state else 0
     save()                                                                 # a rollback needs one
     model.train()
@@ -687,6 +714,12 @@ def joint_images(model: MMVAEPlus, u: Tensor, args) -> dict[str, Tensor]:
     return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)}
 
 
+def draw_prior(model: MMVAEPlus, n: int, args, device, n_steps: int) -> Tensor:
+    """n ends of prior chains, denoised, or for 0 steps draws of the autoencoder's own p0: [n d]."""
+    u = sample_prior(model, n, args, device, n_steps)
+    return denoise(model, u, args) if n_steps else u / model.ebm.unit
+
+
 def encoded(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
     """A draw of v for each item, [n d]: of q(v|x), or with --inference mcmc a chain's end."""
     n_steps = args.post_steps if args.inference == "mcmc" else 0
@@ -712,7 +745,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     real = common.reference(test, train_set, judges, inception, args.n_eval)
 
     def sample(n, steps=args.prior_steps if use_ebm else 0):
-        return joint_images(model, sample_prior(model, n, args, device, steps), args)
+        return joint_images(model, draw_prior(model, n, args, device, steps), args)
 
     def generate(x, targets, n_steps=args.cross_steps, use_ebm=use_ebm):
         z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
@@ -750,8 +783,7 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
         gmm = common.fit_gmm(z, min(k, len(z)), n_iter=30)
         priors[f"gmm{k}"] = lambda b, gmm=gmm: common.sample_gmm(gmm, b).to(z.device)
     for steps in args.prior_sweep if args.prior == "ebm" else []:
-        priors[f"steps{steps}"] = lambda b, steps=steps: sample_prior(model, b, args, z.device,
-                                                                      steps)
+        priors[f"steps{steps}"] = lambda b, steps=steps: draw_prior(model, b, args, z.device, steps)
     for name, draw in priors.items():
         joint = common.coherence_joint(lambda b: joint_images(model, draw(b), args), judges,
                                        min(n, args.n_eval), args.eval_batch)
@@ -768,19 +800,19 @@ def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str,
     """f and spread of z_pos and z_neg; a chain 20 times as long (is it a sampler, or a short-run
     flow?), its mean energy, minus log-density, along the way; Metropolis acceptance at its end."""
     v = encoded(model, test.head(2000), args, run.device)
-    z_pos = v[:, :model.z_dim] if args.ebm_on == "z" else v
+    z_pos = blur(model, v[:, :model.z_dim] if args.ebm_on == "z" else v, args)
     z_neg, trace = sample_prior(model, len(v), args, run.device), []
     n_steps = 20 * max(args.prior_steps, 1)
     z_long = sample_prior(model, 64, args, run.device, n_steps, trace)
 
     def log_prob(u):
-        z, w = u[:, :model.z_dim], u[:, model.z_dim:]
+        z, w = (u / model.ebm.unit).tensor_split([model.z_dim], 1)
         return log_base(z, args) + log_laplace(w, 0.0, 1.0) + model.ebm(u)
 
     chains = torch.stack(trace)                                            # [n c d]
     energy = -log_prob(chains.flatten(0, 1)).unflatten(0, chains.shape[:2])          # [n c]
     rate = metropolis_rate(log_prob, lambda u: prior_gradient(model, u, args), z_long,
-                           args.prior_step_size)
+                           args.prior_step_size * model.ebm.unit)
     report = common.chain_report(chains[n_steps // 2:], run.dir / "diagnostics.png", rate,
                                  energy[:, :8])
     f_pos, f_neg, f_long = (model.ebm(u).mean() for u in (z_pos, z_neg, z_long))

@@ -102,6 +102,7 @@ def train_mmvae_plus(model, train_set: data.Dataset, args) -> None:
 @torch.no_grad()
 def compare_bounds(model, ours, x: dict, args, n: int = 20) -> None:
     """Both codes' ELBO of one batch at the same weights, a mean over n draws, and its error."""
+    ours.aux.copy_(torch.cat([model.logvars_priors[m] for m in ours.modalities]))
     theirs = torch.stack([-model(wrap(x)).loss / len(next(iter(x.values()))) for _ in range(n)])
     own = torch.stack([latent_ebm_prior.objective(ours, x, args, False)["bound_nats"]
                        for _ in range(n)])
@@ -110,8 +111,10 @@ def compare_bounds(model, ours, x: dict, args, n: int = 20) -> None:
 
 
 @torch.no_grad()
-def evaluate(model, train_set: data.Dataset, test: data.Dataset, judges: dict) -> dict[str, float]:
-    """Coherence and Fréchet distances as everywhere here, latents from MultiVae's own encode."""
+def evaluate(model, train_set: data.Dataset, test: data.Dataset, judges: dict,
+             suffix: str = "") -> dict[str, float]:
+    """Coherence and Fréchet distances as everywhere here, latents from MultiVae's own encode;
+    suffix: of the keys of joint samples."""
     model.eval()
     real, shared = common.reference(test, train_set, judges, None), model.latent_dim
 
@@ -127,7 +130,8 @@ def evaluate(model, train_set: data.Dataset, test: data.Dataset, judges: dict) -
     def generate(x, targets):
         found = model.encode(wrap(x), cond_mod=next(iter(x)))
         return decode(found.z, getattr(found, "modalities_z", None) or {}, targets)
-    metrics = common.coherence_joint(joint, judges, len(test), reference=real)
+    found = common.coherence_joint(joint, judges, len(test), reference=real)
+    metrics = {key + suffix: value for key, value in found.items()}
     return metrics | common.coherence_cross(generate, test, judges, reference=real) | real.metrics
 
 
@@ -156,7 +160,7 @@ def main() -> None:
         train_mmvae_plus(model, sets["train"], args)
         compare_bounds(model, ours, x, args)
     test = sets["test"].head(10_000)
-    metrics = evaluate(model, sets["train"], test, judges)
+    metrics = evaluate(model, sets["train"], test, judges, "_base" * (a.script != "jnf"))
     result = {"script": a.script, "dataset": dataset, "seed": a.seed, "metrics": metrics,
               "note": sets["train"].note, "n": len(test), "device": "cpu",
               "torch": torch.__version__, "minutes": round((time.time() - start) / 60, 2),

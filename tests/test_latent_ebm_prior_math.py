@@ -144,6 +144,7 @@ def test_closed_form_gradient_is_autograds(bound, act):
 @pytest.mark.parametrize("flags", [("--base", "laplace"), ("--base", "gaussian", "--ebm_on", "u")])
 def test_prior_gradient_is_that_of_the_prior(flags):
     model, _, args = build(*flags, "--base_scale", "1.3")
+    model.ebm.unit[:3] = torch.tensor([0.5, 1.0, 3.0])                     # --whiten
     u = lep.start_prior(6, model, args, "cpu").double().requires_grad_(True)
     z, w = u[:, :3], u[:, 3:]
     log_p = lep.log_prior(model, z, w.split(2, 1), args, True) + lep.log_laplace(w, 0.0, 1.0)
@@ -305,6 +306,61 @@ def test_chains_of_the_flat_ebm_follow_the_base(step, expected):
     assert z.abs().mean().item() == pytest.approx(expected, abs=0.015)
     z = lep.sample_prior(model, 30_000, args, "cpu", n_steps=0)
     assert z.abs().mean().item() == pytest.approx(1.0, abs=0.015)
+
+
+def test_whitened_chains_live_in_units_of_the_latents():
+    """Gaussian base and f = 0: standard deviation unit, ULA's bias that of a step in units; the
+    Metropolis test sees the same chain; f(z) is f of z in units."""
+    model, _, args = build("--base", "gaussian", "--bound", "0", "--prior_step_size", "0.8",
+                           "--no-private")
+    f = copy.deepcopy(model.ebm)
+    unit = model.ebm.unit.copy_(torch.tensor([0.1, 1.0, 5.0]))
+    z = torch.randn(7, 3, dtype=torch.float64)
+    assert torch.allclose(model.ebm(unit * z), f(z))
+    rates = []
+    for net in (f, model.ebm):
+        torch.manual_seed(0)
+        rates.append(lep.metropolis_rate(lambda z: net(z) - ((z / net.unit)**2).sum(1) / 2,
+                                         lambda z: net.gradient(z) - z / net.unit**2,
+                                         net.unit * z, 0.8 * net.unit))
+    assert torch.allclose(*rates) and rates[0] < 0.999
+    for p in model.ebm.parameters():
+        torch.nn.init.zeros_(p)
+    model.float()
+    for n_steps, variance in ((0, 1.0), (60, 1 / (1 - 0.8**2 / 4))):
+        z = lep.sample_prior(model, 40_000, args, "cpu", n_steps=n_steps)
+        assert torch.allclose(z.var(0) / unit.float()**2, torch.tensor(variance), rtol=0.03)
+    own = lep.draw_prior(model, 40_000, args, "cpu", 0)                    # the autoencoder's p0
+    assert torch.allclose(own.var(0), torch.ones(3), rtol=0.03)
+
+
+def test_blur_and_tweedies_formula():
+    """z ~ N(0, (1 - s^2) unit^2), blurred by s units, is N(0, unit^2): the base prior with f = 0,
+    and the mean of z given the blurred one is 1 - s^2 times it."""
+    model, _, args = build("--base", "gaussian", "--smooth", "0.6", "--no-private",
+                           "--ebm_warmup", "150", "--epochs_ebm", "1")
+    unit = model.ebm.unit.copy_(torch.tensor([0.1, 1.0, 5.0]))
+    for p in model.ebm.parameters():
+        torch.nn.init.zeros_(p)
+    torch.manual_seed(0)
+    z = 0.8 * unit * torch.randn(50_000, 3, dtype=torch.float64)
+    u = lep.blur(model, z, args)
+    assert torch.allclose((u - z).std(0), 0.6 * unit, rtol=0.02)
+    assert torch.allclose(lep.denoise(model, u, args), (1 - 0.36) * u)
+    error = lep.denoise(model, u, args) - z
+    assert torch.allclose(error.std(0), 0.8 * 0.6 * unit, rtol=0.02)       # the posterior's
+    _, _, plain = build()
+    assert lep.blur(model, z, plain) is z and torch.equal(lep.denoise(model, u, plain), u)
+
+
+def test_f_learns_from_blurred_positives(monkeypatch):
+    model, _, args = build("--smooth", "0.5", "--ebm_warmup", "150", "--epochs_ebm", "1")
+    seen, forward = [], lep.EBM.forward
+    monkeypatch.setattr(lep.EBM, "forward", lambda self, z, *a: seen.append(z) or
+                        forward(self, z, *a))
+    z_pos = torch.randn(4000, 3, dtype=torch.float64)
+    lep.ebm_step(model, z_pos, optimisers(model, args)["ebm"], args, 1)
+    assert (seen[0] - z_pos).std().item() == pytest.approx(0.5, rel=0.03)
 
 
 def test_langevin_leaves_its_input_alone_and_rows_apart():
@@ -501,12 +557,12 @@ def test_a_train_step_moves_each_net_by_its_own_loss():
     x = {m: v.float() for m, v in x.items()}
     before, opts = copy.deepcopy(model.state_dict()), optimisers(model, args)
     metrics = lep.train_step(model, x, opts, args)
-    assert all(not torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(not torch.equal(before[k], v) for k, v in model.named_parameters())
     assert all(v.ndim == 0 and not v.requires_grad for v in metrics.values())
     before = copy.deepcopy(model.state_dict())
     lep.ebm_step(model, torch.randn(9, 3), opts["ebm"], args, 1)
     for k, v in model.state_dict().items():
-        assert torch.equal(before[k], v) == (not k.startswith("ebm.")), k
+        assert torch.equal(before[k], v) == (not k.startswith("ebm.layers")), k
     before = copy.deepcopy(model.ebm.state_dict())
     lep.train_step(model, x, opts, args, use_ebm=False)
     assert all(torch.equal(before[k], v) for k, v in model.ebm.state_dict().items())

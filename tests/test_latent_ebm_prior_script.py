@@ -127,7 +127,19 @@ def test_second_stage_trains_the_ebm_alone(paired):
     lep.main(flags(paired, "--overwrite"))
     after = torch.load(checkpoint, weights_only=True)["state"]["model"]
     for name in before:
-        assert torch.equal(before[name], after[name]) != name.startswith("ebm."), name
+        assert torch.equal(before[name], after[name]) != name.startswith("ebm.layers"), name
+
+
+def test_second_stage_in_units_of_the_encoded_latents(paired, monkeypatch):
+    """--whiten: mean |z| of draws of q for z, 1 for w; kept in the checkpoint, not made anew."""
+    more = ("--epochs_vae", "3", "--ebm_warmup", "3", "--whiten", "--smooth", "0.2", "--ebm_on", "u")
+    drawn, encoded = [], lep.encoded
+    monkeypatch.setattr(lep, "encoded", lambda *a: drawn.append(encoded(*a)) or drawn[-1])
+    metrics = lep.main(flags(paired, *more))
+    kept = torch.load(folder_of(paired) / "checkpoint.pt", weights_only=True)["state"]["model"]
+    assert torch.allclose(kept["ebm.unit"][:3], drawn[0][:, :3].abs().mean(0))
+    assert torch.equal(kept["ebm.unit"][3:], torch.ones(4)) and np.isfinite(metrics["gap"])
+    assert lep.main(flags(paired, *more, "--eval_only")) == pytest.approx(metrics, nan_ok=True)
 
 
 def test_same_seed_same_numbers_other_seed_others(paired):
@@ -232,7 +244,8 @@ def test_two_processes_train_as_one_at_the_same_global_batch(paired):
     (["--rho", "1.5"], "--rho"), (["--k", "0"], "--k"), (["--k", "2"], "--objective"),
     (["--objective", "dreg", "--ebm_on", "u"], "--ebm_on"), (["--bound", "-1"], "--bound"),
     (["--prior_step_size", "nan"], "--prior_step_size"), (["--base", "cauchy"], "--base"),
-    (["--cross_warmup", "12"], "--cross_warmup"),
+    (["--cross_warmup", "12"], "--cross_warmup"), (["--whiten", "--ebm_warmup", "2"], "--whiten"),
+    (["--smooth", "0.2", "--ebm_warmup", "2"], "--smooth"),
     (["--cross_warmup", "2", "--ebm_warmup", "1"], "--cross_warmup")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
