@@ -489,7 +489,7 @@ def blur(model: MMVAEPlus, u: Tensor, args) -> Tensor:
 
 
 def denoise(model: MMVAEPlus, u: Tensor, args) -> Tensor:
-    """The mean of what was blurred to u: u + sigma^2 d/du log p(u) (Tweedie), [b d]; p the prior."""
+    """The mean of what was blurred to u: u + sigma^2 d/du log p(u), p the prior (Tweedie): [b d]."""
     return u + (args.smooth * model.ebm.unit) ** 2 * prior_gradient(model, u, args)
 
 
@@ -783,7 +783,7 @@ def controls(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, judg
         gmm = common.fit_gmm(z, min(k, len(z)), n_iter=30)
         priors[f"gmm{k}"] = lambda b, gmm=gmm: common.sample_gmm(gmm, b).to(z.device)
     for steps in args.prior_sweep if args.prior == "ebm" else []:
-        priors[f"steps{steps}"] = lambda b, steps=steps: draw_prior(model, b, args, z.device, steps)
+        priors[f"steps{steps}"] = lambda b, k=steps: draw_prior(model, b, args, z.device, k)
     for name, draw in priors.items():
         joint = common.coherence_joint(lambda b: joint_images(model, draw(b), args), judges,
                                        min(n, args.n_eval), args.eval_batch)

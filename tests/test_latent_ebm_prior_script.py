@@ -132,7 +132,8 @@ def test_second_stage_trains_the_ebm_alone(paired):
 
 def test_second_stage_in_units_of_the_encoded_latents(paired, monkeypatch):
     """--whiten: mean |z| of draws of q for z, 1 for w; kept in the checkpoint, not made anew."""
-    more = ("--epochs_vae", "3", "--ebm_warmup", "3", "--whiten", "--smooth", "0.2", "--ebm_on", "u")
+    more = ("--epochs_vae", "3", "--ebm_warmup", "3", "--whiten", "--smooth", "0.2",
+            "--ebm_on", "u")
     drawn, encoded = [], lep.encoded
     monkeypatch.setattr(lep, "encoded", lambda *a: drawn.append(encoded(*a)) or drawn[-1])
     metrics = lep.main(flags(paired, *more))
