@@ -489,7 +489,7 @@ def blur(model: MMVAEPlus, u: Tensor, args) -> Tensor:
 
 
 def denoise(model: MMVAEPlus, u: Tensor, args) -> Tensor:
-    """The mean of what was blurred to u: u + sigma^2 d/du log p(u), p the prior (Tweedie): [b d]."""
+    """Mean of what was blurred to u: u + sigma^2 d/du log p(u), p the prior (Tweedie), [b d]."""
     return u + (args.smooth * model.ebm.unit) ** 2 * prior_gradient(model, u, args)
 
 

@@ -73,6 +73,7 @@ sbm_vae celebamask_hq small 0 --ae_net patch --z_dim 64 --batch_ae 25 --lr_ae 1e
 sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
 ebm_revision synth_polymnist three-modalities 0
 sbm_vae mnist_svhn default 0
+latent_ebm_prior synth_polymnist whiten 0 --whiten --smooth 0.2 --prior_step_size 0.2
 latent_ebm_prior synth_polymnist no-sigmoid 0 --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50
 latent_ebm_prior synth_polymnist sigmoid 0 --sigmoid --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50
 latent_ebm_prior polymnist10 three-modalities 0 --n_modalities 3 --n_train 30000 --net mlp --z_dim 16 --w_dim 16 --decoder_scale 0.4 --batch_size 64 --decay --lr 1e-3 --beta 1 --objective dreg --k 3 --epochs_vae 15 --ebm_warmup 15 --epochs_ebm 3 --lr_ebm 1e-3 --n_eval 5000
