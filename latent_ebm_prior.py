@@ -437,8 +437,7 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float | Tensor, gradi
     """Unadjusted Langevin: z <- z + s^2/2 d/dz log p(z) + s eps, eps ~ N(0, I); short runs from p0.
 
     log_prob [b d] -> [b], unnormalised nats, rows separate; gradient: z -> [b d], else autograd; s
-    a number, or one for each dimension [d].
-    trace: a list that gets z after each step. Returns end points, detached; z is left untouched.
+    a number or [d]; trace: a list that gets each z. Returns end points, detached; z stays as it is.
     """
     z = z.detach()
     for _ in range(n_steps):
@@ -490,7 +489,8 @@ def blur(model: MMVAEPlus, u: Tensor, args) -> Tensor:
 
 def denoise(model: MMVAEPlus, u: Tensor, args) -> Tensor:
     """Mean of what was blurred to u: u + sigma^2 d/du log p(u), p the prior (Tweedie), [b d]."""
-    return u + (args.smooth * model.ebm.unit) ** 2 * prior_gradient(model, u, args)
+    sigma = args.smooth * model.ebm.unit
+    return u + sigma**2 * prior_gradient(model, u, args) if args.smooth else u
 
 
 def log_joint(model: MMVAEPlus, x: dict[str, Tensor], v: Tensor, args, use_ebm: bool) -> Tensor:
@@ -639,7 +639,7 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
     """Stage 0: autoencoder and EBM; stage 1: EBM alone; from its start or a checkpoint's state."""
     name, coded = ("vae", "ebm")[index], index == 1 and args.inference == "amortised"
     opts = make_optimisers(model, args, run)
-    images, train_set = train_set, with_encodings(model, train_set) if coded else train_set
+    train_set = with_encodings(model, train_set) if coded else train_set
     names = [f"q_{m}" for m in model.modalities] if coded else model.modalities
     per_epoch = max(len(train_set) // args.batch_size, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
@@ -654,11 +654,6 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
         run.save({"stage": index, "step": step, "model": model.state_dict(),
                   "opts": {key: opt.state_dict() for key, opt in opts.items()}})
 
-    if index and args.whiten and not state:
-        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-            torch.manual_seed(args.seed)                                   # the same on every rank
-            z = encoded(model, images.head(5000), args, run.device)[:, :model.z_dim]
-        model.ebm.unit[:model.z_dim] = z.abs().mean(0)
     step = restore(state) if state else 0
     save()                                                                 # a rollback needs one
     model.train()
@@ -700,6 +695,11 @@ def train(model: MMVAEPlus, train_set: data.Dataset, args, run) -> None:
     stages = [args.epochs_vae, args.epochs_ebm if args.prior == "ebm" else 0]
     for i in range(state["stage"], len(stages)):
         resumed = state if i == state["stage"] and "opts" in state else None
+        if i and args.whiten and not resumed:                              # units of the encodings
+            with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+                torch.manual_seed(args.seed)                               # the same on every rank
+                z = encoded(model, train_set.head(5000), args, run.device)[:, :model.z_dim]
+            model.ebm.unit[:model.z_dim] = z.abs().mean(0)
         if stages[i]:
             train_stage(model, i, stages[i], train_set, args, run, resumed)
         run.save({"stage": i + 1, "model": model.state_dict()})

@@ -11,7 +11,7 @@
 # ablation of ebm_revision, five seeds, comes last. --list prints the commands and runs none.
 set -u
 cd "$(dirname "$0")/.."
-minutes=100000 only="" data="" device=auto publish=0 list=0
+minutes=100000 only="" data_dir="" device=auto publish=0 list=0
 usage() { echo "$1" >&2; sed -n '2,11p' "$0" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -20,17 +20,12 @@ while [ $# -gt 0 ]; do
         --minutes | --only | --data_dir | --device) [ $# -gt 1 ] || usage "$1 needs a value" ;;
         *) usage "no such option: $1" ;;
     esac
-    case "$1" in
-        --minutes) minutes="$2" ;;
-        --only) only="$2" ;;
-        --data_dir) data="$2" ;;
-        --device) device="$2" ;;
-    esac
+    printf -v "${1#--}" %s "$2"
     shift 2
 done
 [[ "$minutes" =~ ^[0-9]+$ ]] || usage "--minutes $minutes: give a whole number"
 [ -z "$only" ] || [ -e "$only.py" ] || usage "--only $only: there is no $only.py"
-[ -z "$data" ] || [ -d "$data" ] || usage "--data_dir $data: there is no such folder"
+[ -z "$data_dir" ] || [ -d "$data_dir" ] || usage "--data_dir $data_dir: there is no such folder"
 
 # script, data set, variant, seed, flags
 rows() {
@@ -182,12 +177,12 @@ while read -r script dataset variant seed flags; do
     out="runs/results/$variant" folder="runs/results/$variant/$script/$dataset/$seed"
     # shellcheck disable=SC2206
     command=(python "$script.py" --dataset "$dataset" --seed "$seed" --out_dir "$out"
-             --judges runs/judges --device "$device" --data_dir "${data:-datasets}" $flags)
+             --judges runs/judges --device "$device" --data_dir "${data_dir:-datasets}" $flags)
     if [ "$list" = 1 ]; then
         echo "${command[*]}"; continue
     elif [ -e "$folder/result.json" ]; then
         echo "done: $name"
-    elif [[ "$dataset" != synth_* && "$dataset" != shapes && -z "$data" ]]; then
+    elif [[ "$dataset" != synth_* && "$dataset" != shapes && -z "$data_dir" ]]; then
         echo "left: $name (needs --data_dir)"; left=$((left + 1)); continue
     elif [[ "$variant" == full && "$device" != cuda* ]]; then
         echo "left: $name (needs --device cuda)"; left=$((left + 1)); continue
@@ -195,8 +190,11 @@ while read -r script dataset variant seed flags; do
         echo "left: $name"; left=$((left + 1)); continue
     else
         if [[ "$flags" != *--eval_only* ]]; then           # which leaves no checkpoint
-            [ -e "$folder/checkpoint.pt" ] && command+=(--resume)
-            [ ! -e "$folder/checkpoint.pt" ] && [ -e "$folder/config.json" ] && command+=(--overwrite)
+            if [ -e "$folder/checkpoint.pt" ]; then
+                command+=(--resume)
+            elif [ -e "$folder/config.json" ]; then
+                command+=(--overwrite)
+            fi
         fi
         echo "run:  $name"
         timeout --foreground --kill-after=60 "$((end - $(date +%s)))" "${command[@]}" < /dev/null
