@@ -6,14 +6,15 @@ steps under a joint energy-based model (EBM) revise them; an inference model pro
 data, Langevin steps under the generator's posterior revise these. Generator and inference model
 regress on the revised samples, so that the next proposals need less revision.
 
-Model       generator  p_w(X,z) = N(z; 0, I) prod_m p_w(x_m|z)       Normal, Laplace or categorical
+Model       generator  p_w(X,z) = p(z) prod_m p_w(x_m|z)     Normal, Laplace or categorical p_w;
+                       p(z) = N(0, I), or Laplace(0, 1): --base laplace
             inference  q(z|X)   = 1/M sum_m N(z; mu_m(x_m), diag var_m(x_m))    mixture of experts
             EBM        pi(X)    = exp f(X) / Z,  f = ebm: the NEGATIVE energy, high = likely
 Symbols     x {m: [b c h w] in [0, 1] | [b l] tokens}; state {m: images in [-1, 1] | logits
             [b l v]}; z [b d]; x_rev, z_rev revised samples (X~, z~); s step size, n noise_std
 
 Algorithm, for each batch X
-  1 z ~ N(0, I), X_0 = g(z);  X~: k_x steps  X <- X + s^2/2 d f/dX + n eps   from X_0, all jointly
+  1 z ~ p(z), X_0 = g(z);  X~: k_x steps  X <- X + s^2/2 d f/dX + n eps   from X_0, all jointly
   2 z_0 ~ q(z|X), or q* (D5);  z~: k_z steps  z <- z + s^2/2 d[log p(z) + log p_w(X|z)]/dz + n eps
   3 generator  ascends  l_rec log p_w(X|z~) + l_syn log p_w(X~|z)
   4 inference  ascends  log q(z~|X) + l_inf log q(z|X~)
@@ -41,8 +42,13 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
      Wide sigma, so that q* fills the prior; Adam with momentum
   D6 --mixed: last epochs (synthetic pairs: one) for the EBM alone, half its chains from tuples of
      data with shuffled modalities; without (0), it does not tell matched from mixed tuples
+  D7 --w_dim: private latents, as in MMVAE+. All latents stand in one row (z, w_1 .. w_M); p(x_m|z)
+     sees z and w_m, expert m infers z and w_m from x_m. In q every expert for z comes with all
+     q_j(w_j|x_j), and with p(w_j) for a modality that is not observed. The paper's z is shared only
+  D8 --ema: chains start at an average of the generator's weights, training's and the test's
 """
 import argparse
+import copy
 import math
 from contextlib import contextmanager
 
@@ -51,7 +57,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
-from torch.distributions import Normal
+from torch.distributions import Laplace, Normal
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -75,7 +81,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     number, switch = common.number, argparse.BooleanOptionalAction
     p = common.run_parser("ebm_revision.py", __doc__, "synth_mnist_svhn", [*PRESETS, "paired"])
     flag = p.add_argument_group("model").add_argument
-    flag("--z_dim", type=number(int, 1), default=16)
+    flag("--z_dim", type=number(int, 1), default=16, help="shared by all modalities")
+    flag("--w_dim", type=number(int, 0), default=0, help="private to each (D7)")
+    flag("--base", default="gaussian", choices=["gaussian", "laplace"], help="p(z), p(w_m)")
     flag("--width", type=number(int, 4), default=8, help="channels; MLP: 32 times that")
     flag("--net", default="mlp", choices=["mlp", "resnet"], help="of images")
     flag("--fusion", default="late", choices=["late", "early", "additive"], help="of the energy")
@@ -101,11 +109,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
     flag("--gamma", type=number(float, 0, 1, open_low=True), default=0.9, help="lr, an epoch")
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
+    flag("--ema", type=number(float, 0, 0.9999), default=0.0, help="chain starts: decay a step (D8)")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of data and revised")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
     flag("--z_init", default="product", choices=["product", "random", "stratified", "noise"],
-         help="q*, a random expert an item, every expert, N(0, I)")
+         help="q*, a random expert an item, every expert, p(z)")
     flag("--x_steps", type=number(int, 0), default=10, help="k_x")
     flag("--x_steps_test", type=number(int, 0), default=30)
     flag("--x_step_size", type=number(float, 0, open_low=True), default=1.4)
@@ -164,29 +173,29 @@ def trunk(shape: tuple[int, ...], width: int, net: str) -> tuple[nn.Module, int]
 
 
 class Encoder(nn.Module):
-    """State of one modality -> (mu, log_var), both [b d]."""
+    """State of one modality -> (mu, log_var), both [b dim]."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, z_dim: int, net: str):
+    def __init__(self, shape: tuple[int, ...], width: int, dim: int, net: str):
         super().__init__()
         self.body, f = trunk(shape, width, net)
-        self.head = nn.Linear(f, 2 * z_dim)
+        self.head = nn.Linear(f, 2 * dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, log_var = self.head(self.body(x)).float().chunk(2, 1)
         return mu, log_var.clamp(-10, 4)                    # variance in [5e-5, 55]
 
 
-def decoder(shape: tuple[int, ...], width: int, z_dim: int, net: str) -> nn.Sequential:
-    """z [b d] -> state: image in (-1, 1) by linear layers or residual blocks, or logits."""
+def decoder(shape: tuple[int, ...], width: int, dim: int, net: str) -> nn.Sequential:
+    """latents [b dim] -> state: image in (-1, 1) by linear layers or residual blocks, or logits."""
     if len(shape) == 2:
-        return nn.Sequential(*mlp(z_dim, 512, shape[0] * shape[1]), nn.Unflatten(1, shape))
+        return nn.Sequential(*mlp(dim, 512, shape[0] * shape[1]), nn.Unflatten(1, shape))
     if net == "mlp":
         f = 32 * width
-        return nn.Sequential(*mlp(z_dim, f, f, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
+        return nn.Sequential(*mlp(dim, f, f, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
     if any(side % 4 for side in shape[1:]):
         raise ValueError(f"--net resnet needs sides that are multiples of 4, not {shape}")
     c, h, w = 4 * width, shape[1] // 4, shape[2] // 4
-    return nn.Sequential(nn.Linear(z_dim, c * h * w), nn.Unflatten(1, (c, h, w)),
+    return nn.Sequential(nn.Linear(dim, c * h * w), nn.Unflatten(1, (c, h, w)),
                          ResBlock(c, c // 2, up=True), ResBlock(c // 2, width, up=True),
                          nn.LeakyReLU(0.2), nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
 
@@ -224,19 +233,51 @@ class Energy(nn.Module):
 
 
 class Revision(nn.Module):
-    """All nets for states of shapes {m: (c, h, w) | (l, v)}: ebm, decoders, encoders."""
+    """All nets for states of shapes {m: (c, h, w) | (l, v)}: ebm, decoders, encoders. Latents are
+    rows (z, w_1 .. w_M), [b d], the w empty without --w_dim (D7)."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
         super().__init__()
-        self.shapes, self.z_dim = shapes, args.z_dim
+        self.shapes, self.z_dim, self.w_dim, self.base = shapes, args.z_dim, args.w_dim, args.base
         self.ebm = Energy(shapes, args.width, args.fusion, args.net)
-        sizes = args.width, args.z_dim, args.net
+        sizes = args.width, args.z_dim + args.w_dim, args.net
         self.decoders = nn.ModuleDict({m: decoder(s, *sizes) for m, s in shapes.items()})
         self.encoders = nn.ModuleDict({m: Encoder(s, *sizes) for m, s in shapes.items()})
+        self.ema = args.ema                                 # of starts, the generator's average
+        self.starts = copy.deepcopy(self.decoders).requires_grad_(False) if args.ema else None
 
-    def generate(self, z: Tensor) -> dict[str, Tensor]:
-        """g(z): the mean state of every modality."""
-        return {m: net(z).float() for m, net in self.decoders.items()}      # also under --amp
+    def prior(self, n: int, device: torch.device | str) -> Tensor:
+        """n latents of p(z) and every p(w_m): [n d]."""
+        shape = n, self.z_dim + len(self.decoders) * self.w_dim
+        if self.base == "laplace":
+            return Laplace(torch.zeros(shape, device=device), 1.0).sample()
+        return torch.randn(shape, device=device)
+
+    def experts(self, state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(mu, log_var) [b d] of each modality in state: its q_m(z|x_m), all q_j(w_j|x_j); a w_j
+        that nobody observed has the mean and variance of p(w_j)."""
+        found = {m: self.encoders[m](v) for m, v in state.items()}
+        (first, _), d = next(iter(found.values())), self.z_dim
+        unseen = first.new_zeros(len(first), self.w_dim)
+        unseen = unseen, unseen + math.log(prior_var(self.base))
+        w = [torch.cat([found[m][i][:, d:] if m in found else unseen[i] for m in self.encoders], 1)
+             for i in (0, 1)]
+        return [tuple(torch.cat([part[:, :d], rest], 1) for part, rest in zip(expert, w))
+                for expert in found.values()]
+
+    def generate(self, z: Tensor, names=None, start: bool = False) -> dict[str, Tensor]:
+        """g(z), latents [b d] -> the mean state of every modality, or of names; start: of chains,
+        by the averaged weights if there are any."""
+        nets, d = self.starts if start and self.ema else self.decoders, self.z_dim
+        w = {m: z[:, d + i * self.w_dim:][:, :self.w_dim] for i, m in enumerate(nets)}
+        return {m: net(torch.cat([z[:, :d], w[m]], 1)).float()              # float: under --amp
+                for m, net in nets.items() if names is None or m in names}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """starts <- ema starts + (1 - ema) decoders."""
+        for average, p in zip(self.starts.parameters(), self.decoders.parameters()):
+            average.lerp_(p, 1 - self.ema)
 
     def to_state(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images [0, 1] -> [-1, 1]; tokens -> log probabilities, a one-hot smoothed by 0.05."""
@@ -251,6 +292,25 @@ class Revision(nn.Module):
 
 
 # ---- Densities and losses ------------------------------------------------------------------------
+def prior_var(base: str) -> float:
+    """Variance of p(z)."""
+    return {"gaussian": 1.0, "laplace": 2.0}[base]
+
+
+def log_prior(z: Tensor, base: str) -> Tensor:
+    """log p(z) [b] up to a constant, z [b d]."""
+    return -(z.abs() if base == "laplace" else 0.5 * z.square()).sum(1)
+
+
+def kl_to_prior(mu: Tensor, log_var: Tensor, base: str) -> Tensor:
+    """KL(N(mu, diag exp log_var) || p(z)) [b] in closed form; for Laplace by the mean of |z|."""
+    if base == "gaussian":
+        return 0.5 * (mu**2 + log_var.exp() - log_var - 1).sum(1)
+    ratio = mu * (-0.5 * log_var).exp() / math.sqrt(2)
+    folded = math.sqrt(2 / math.pi) * (0.5 * log_var - ratio**2).exp() + mu * torch.erf(ratio)
+    return (folded + math.log(2) - 0.5 * (log_var + math.log(2 * math.pi) + 1)).sum(1)
+
+
 def log_lik(state: dict[str, Tensor], mean: dict[str, Tensor], sigma: float, dist: str) -> Tensor:
     """log p(X|z) [b] up to a constant, sum over the modalities in state.
 
@@ -282,21 +342,25 @@ def nll_q(z: Tensor, experts: list[tuple[Tensor, Tensor]], mode: str) -> Tensor:
     return -(log_q[0].mean(0) if z.ndim == 2 else log_q.diagonal().mean(1))
 
 
-def product(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(mu, log_var) [b d] of q*(z|X) ~ p(z)^(1-M) prod_m q_m(z|x_m), p = N(0, I): the posterior if
-    q_m is p(z|x_m). A variance above the prior's counts as the prior's, so that q* is a density."""
-    precision = torch.stack([(-log_var).exp().clamp(min=1) for _, log_var in experts])
-    total = precision.sum(0) - (len(experts) - 1)
-    return (precision * torch.stack([mu for mu, _ in experts])).sum(0) / total, -total.log()
+def product(experts: list[tuple[Tensor, Tensor]], z_dim: int, var: float = 1.0) -> tuple:
+    """(mu, log_var) [b d] of q*(z|X) ~ p(z)^(1-M) prod_m q_m(z|x_m), p = N(0, var): the posterior
+    if q_m is p(z|x_m). A variance above the prior's counts as the prior's, so that q* is a density.
+    From column z_dim on the experts say the same, q_j(w_j|x_j): that stays."""
+    precision = torch.stack([(-log_var[:, :z_dim]).exp().clamp(min=1 / var)
+                             for _, log_var in experts])
+    total = precision.sum(0) - (len(experts) - 1) / var
+    mu = (precision * torch.stack([mu[:, :z_dim] for mu, _ in experts])).sum(0) / total
+    w_mu, w_log_var = (part[:, z_dim:] for part in experts[0])
+    return torch.cat([mu, w_mu], 1), torch.cat([-total.log(), w_log_var], 1)
 
 
 def loss_warmup(model: nn.Module, state, args) -> Tensor:
-    """-log p(X|z) + KL(q*(z|X) || N(0, I)) - log q(z|X), z ~ q*: the ELBO with gradients through z
+    """-log p(X|z) + KL(q*(z|X) || p(z)) - log q(z|X), z ~ q*: the ELBO with gradients through z
     and q*, and the experts' fit to z held fixed; mean over the batch."""
-    experts = [net(state[m]) for m, net in model.encoders.items()]
-    mu, log_var = product(experts)
+    experts = model.experts(state)
+    mu, log_var = product(experts, model.z_dim, prior_var(args.base))
     z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)
-    kl = 0.5 * (mu**2 + log_var.exp() - log_var - 1).sum(1)
+    kl = kl_to_prior(mu, log_var, args.base)
     log_px_z = log_lik(state, model.generate(z), args.sigma, args.decoder_dist)
     return (kl - log_px_z + nll_q(z.detach(), experts, args.nll)).mean()
 
@@ -312,11 +376,9 @@ def loss_generator(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
 
 def loss_inference(model: Revision, state, z_rev, z, x_rev, args) -> Tensor:
     """-log q(z_rev|X) - l_inf log q(z|X_rev), means over the batch."""
-    experts = [net(state[m]) for m, net in model.encoders.items()]
-    loss = nll_q(z_rev, experts, args.nll).mean()
+    loss = nll_q(z_rev, model.experts(state), args.nll).mean()
     if x_rev is not None:
-        experts = [net(x_rev[m]) for m, net in model.encoders.items()]
-        loss = loss + args.l_inf * nll_q(z, experts, args.nll).mean()
+        loss = loss + args.l_inf * nll_q(z, model.experts(x_rev), args.nll).mean()
     return loss
 
 
@@ -388,8 +450,8 @@ def revise_x(ebm: nn.Module, state: dict[str, Tensor], n_steps: int, args, obser
 def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int, args) -> Tensor:
     """n_steps of Langevin on p(z) prod_m p(x_m|z), over the modalities in state: [b d]."""
     def log_joint(z):
-        mean = {m: model.decoders[m](z) for m in state}
-        return log_lik(state, mean, args.sigma, args.decoder_dist) - 0.5 * z.square().sum(1)
+        log_px_z = log_lik(state, model.generate(z, state), args.sigma, args.decoder_dist)
+        return log_px_z + log_prior(z, args.base)
     with frozen(model.decoders):
         return langevin(log_joint, z, n_steps, args.z_step_size, args.z_noise, clip=args.clip)
 
@@ -397,8 +459,9 @@ def revise_z(model: Revision, z: Tensor, state: dict[str, Tensor], n_steps: int,
 @torch.no_grad()
 def sample_q(model: Revision, state: dict[str, Tensor], moe: str = "random") -> Tensor:
     """z ~ q(z|x): [b d], a random expert an item; stratified: a row each, [k b d]; product: q*."""
-    experts = [model.encoders[m](v) for m, v in state.items()]
-    experts = [product(experts)] if moe == "product" else experts
+    experts = model.experts(state)
+    if moe == "product":
+        experts = [product(experts, model.z_dim, prior_var(model.base))]
     z = torch.stack([mu + (0.5 * lv).exp() * torch.randn_like(mu) for mu, lv in experts])
     b = torch.arange(z.shape[1], device=z.device)
     return z if moe == "stratified" else z[torch.randint(len(z), b.shape, device=z.device), b]
@@ -409,7 +472,7 @@ def sample_joint(model: Revision, z: Tensor, init: str, n_steps: int, args,
                  mixed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """n_steps of revision from the generator's states for z [b d], or from normal noise; the first
     rows start at mixed, if given."""
-    start = model.generate(z) if init == "generator" else {
+    start = model.generate(z, start=True) if init == "generator" else {
         m: torch.randn(len(z), *shape, device=z.device) for m, shape in model.shapes.items()}
     for m, v in (mixed or {}).items():
         start[m] = torch.cat([v, start[m][len(v):]])
@@ -426,7 +489,7 @@ def sample_given(model: Revision, state: dict[str, Tensor], n_steps: int, args) 
     """All modalities given those in state, which stay bit for bit: z from a random expert, z steps
     with the observed likelihood, the generator's rest, n_steps of revision."""
     z = revise_z(model, sample_q(model, state), state, args.cond_z_steps, args)
-    return revise_x(model.ebm, model.generate(z) | state, n_steps, args, tuple(state))
+    return revise_x(model.ebm, model.generate(z, start=True) | state, n_steps, args, tuple(state))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -435,14 +498,17 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
     alone; mixed: ebm alone, the first half of the chains from shuffled data (D6)."""
     state = model.to_state(x)
     first = next(iter(state.values()))
-    z, metrics = torch.randn(len(first), model.z_dim, device=first.device), {}
+    z, metrics = model.prior(len(first), first.device), {}
 
     def step(key, loss, *names):
-        for name in names or (key,):
+        names = names or (key,)
+        for name in names:
             opts[name].zero_grad(set_to_none=True)
         loss.backward()
-        for name in names or (key,):
+        for name in names:
             opts[name].step()
+        if model.ema and "gen" in names:
+            model.follow()
         metrics[f"loss_{key}"] = loss.detach()
 
     with torch.autocast(z.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
@@ -452,9 +518,9 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
         mixed = recombine(state, len(z) // 2) if phase == "mixed" else None
         x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
         if phase == "full":
-            z_0 = torch.randn_like(z) if args.z_init == "noise" else \
+            z_0 = model.prior(len(z), z.device) if args.z_init == "noise" else \
                 sample_q(model, state, args.z_init)
-            flat, given = z_0.reshape(-1, model.z_dim), state               # [(k b) d]
+            flat, given = z_0.reshape(-1, z.shape[1]), state                # [(k b) d]
             if args.z_init == "stratified":
                 given = {m: repeat(v, "b ... -> (k b) ...", k=len(z_0)) for m, v in state.items()}
             z_rev = revise_z(model, flat, given, args.z_steps, args)
@@ -548,7 +614,7 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
 
     def joint(init, n_steps):
         return lambda b: model.to_data(sample_joint(
-            model, torch.randn(b, model.z_dim, device=device), init, n_steps, args))
+            model, model.prior(b, device), init, n_steps, args))
 
     def given(n_steps):
         def generate(x, targets):
@@ -583,8 +649,8 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
 
 
 def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, float]:
-    """Reconstruction and linear classification from q-samples, and from latents that z_steps under
-    the whole posterior revised; up to 2,000 items each."""
+    """Reconstruction and linear classification of z from q-samples, and from latents that z_steps
+    under the whole posterior revised; up to 2,000 items each."""
     def latents(dataset):                                   # z [2 n d], -log p(X|z) [2 n]
         found = []
         for x in data.batches(dataset, args.eval_batch, device=device):
@@ -599,14 +665,15 @@ def latent_metrics(model: Revision, train_set, test, args, device) -> dict[str, 
     metrics = {f"recon_nats_{key}": e for key, e in zip(keys, errors.mean(1).tolist())}
     if test.y is not None:
         metrics |= {f"latent_accuracy_{key}": common.linear_accuracy(
-            z[i], sets[0].y, z_test[i], sets[1].y) for i, key in enumerate(keys)}
+            z[i, :, :model.z_dim], sets[0].y, z_test[i, :, :model.z_dim], sets[1].y)
+            for i, key in enumerate(keys)}
     return metrics
 
 
 def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
     """The x chain, 4 from each of 8 latents: energy, displacement; 4 times longer: ESS."""
-    z = repeat(torch.randn(8, model.z_dim, device=run.device), "b d -> (b c) d", c=4)
-    n, trace, start = args.x_steps_test, [], model.generate(z)
+    z = repeat(model.prior(8, run.device), "b d -> (b c) d", c=4)
+    n, trace, start = args.x_steps_test, [], model.generate(z, start=True)
     end = revise_x(model.ebm, start, n, args)
     metrics = {f"displacement_{m}": (end[m] - v).square().mean().sqrt().item()
                for m, v in start.items()}

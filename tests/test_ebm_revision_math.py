@@ -216,11 +216,141 @@ def test_product_of_exact_experts_is_the_joint_posterior():
         precision = 1 + sum(a[m]**2 for m in names) / sigma**2
         mean = sum(a[m] * x[m] for m in names) / sigma**2 / precision
         return torch.tensor([[mean]]), -torch.tensor([[precision]]).log()
-    mu, log_var = er.product([posterior("a"), posterior("b")])
+    mu, log_var = er.product([posterior("a"), posterior("b")], 1)
     assert torch.allclose(mu, posterior("ab")[0]) and torch.allclose(log_var, posterior("ab")[1])
     wide = torch.zeros(1, 1), torch.full((1, 1), 3.0)       # wider than the prior: says nothing
-    mu, log_var = er.product([posterior("a"), wide])
+    mu, log_var = er.product([posterior("a"), wide], 1)
     assert torch.allclose(mu, posterior("a")[0]) and torch.allclose(log_var, posterior("a")[1])
+
+
+def test_product_under_another_prior_leaves_private_latents_alone():
+    var, noise, x = 2.0, 0.6**2, torch.tensor([[0.8], [1.7]])   # z ~ N(0, 2), x_m ~ N(z, 0.36)
+    q = 1 / (1 / var + 1 / noise)                           # of one observation
+    w = torch.randn(1, 2), torch.randn(1, 2)
+    experts = [(torch.cat([q / noise * v[None], w[0]], 1),
+                torch.cat([torch.full((1, 1), math.log(q)), w[1]], 1)) for v in x]
+    mu, log_var = er.product(experts, 1, var)
+    both = 1 / (1 / var + 2 / noise)
+    assert mu[0, 0].item() == pytest.approx(both * x.sum().item() / noise, abs=1e-5)
+    assert log_var[0, 0].item() == pytest.approx(math.log(both), abs=1e-5)
+    assert torch.equal(mu[:, 1:], w[0]) and torch.equal(log_var[:, 1:], w[1])
+
+
+@pytest.mark.parametrize("base", ["gaussian", "laplace"])
+def test_prior_its_draws_density_and_kl(base):
+    p = {"gaussian": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[base](
+        torch.tensor(0.0), 1.0)
+    model = er.Revision(IMAGES, flags("--base", base, "--w_dim", "2"))
+    z = model.prior(40_000, "cpu")
+    assert z.shape == (40_000, 3 + 2 * 2)
+    assert torch.allclose(z.var(0), torch.tensor(er.prior_var(base)), rtol=0.06)
+    assert torch.allclose(z.abs().mean(0), p.sample((10**6,)).abs().mean(), rtol=0.03)
+    change = er.log_prior(z[:9], base) - er.log_prior(z[9:18], base)
+    exact = p.log_prob(z[:9]).sum(1) - p.log_prob(z[9:18]).sum(1)
+    assert torch.allclose(change, exact, atol=1e-4)
+    mu, log_var = torch.tensor([[0.0, -1.3, 4.0]]), torch.tensor([[-3.0, 1.1, 0.4]])
+    q = torch.distributions.Normal(mu, (log_var / 2).exp())
+    grid = torch.linspace(-30, 30, 600_001)[:, None]
+    kl = (q.log_prob(grid).exp() * (q.log_prob(grid) - p.log_prob(grid))).sum(0) * 1e-4
+    assert torch.allclose(er.kl_to_prior(mu, log_var, base), kl.sum(), atol=1e-3)
+
+
+def test_laplace_prior_in_the_z_chain():
+    """Nothing observed of z: the chain's law is Laplace(0, 1), mean |z| 1 and variance 2."""
+    args = flags("--z_dim", "1", "--base", "laplace", "--z_step_size", "0.3", "--z_noise", "0.3")
+    model = toy(torch.zeros(1, 1), torch.zeros(1, 1), args)
+    state = {"a": torch.ones(20_000, 1, 1, 1)}
+    z = er.revise_z(model, torch.randn(20_000, 1), state, 250, args)
+    assert z.abs().mean().item() == pytest.approx(1, abs=0.05)
+    assert z.var().item() == pytest.approx(2, abs=0.15)
+
+
+# ---- Private latents -----------------------------------------------------------------------------
+def private(*more):
+    """x_a = A (z, w_a), x_b = B (z, w_b), z and w of one dimension each."""
+    args = flags("--z_dim", "1", "--w_dim", "1", "--sigma", "0.7", "--z_step_size", "0.15",
+                 "--z_noise", "0.15", *more)
+    a = {"a": torch.tensor([[1.0, 0.5], [0.2, -0.6]]), "b": torch.tensor([[0.3, 1.1]])}
+    return toy(a["a"], a["b"], args), a, args
+
+
+@pytest.mark.parametrize("observed", ["ab", "b"])
+def test_z_chain_has_the_posterior_of_shared_and_private_latents(observed):
+    model, a, args = private()
+    x = {"a": torch.tensor([0.8, -0.3]), "b": torch.tensor([1.2])}
+    wide = {"a": a["a"] @ torch.tensor([[1.0, 0, 0], [0, 1, 0]]),          # of (z, w_a, w_b)
+            "b": a["b"] @ torch.tensor([[1.0, 0, 0], [0, 0, 1]])}
+    precision = torch.eye(3) + sum(wide[m].T @ wide[m] for m in observed) / 0.7**2
+    mean = torch.linalg.solve(precision, sum(wide[m].T @ x[m] for m in observed) / 0.7**2)
+    n = 40_000
+    state = {m: x[m].expand(n, -1)[..., None, None] for m in observed}
+    z = er.revise_z(model, model.prior(n, "cpu"), state, 300, args)
+    assert torch.allclose(z.mean(0), mean, atol=0.025)
+    cov = torch.linalg.inv(precision - 0.15**2 / 4 * precision @ precision)
+    assert torch.allclose(z.T.cov(), cov, atol=0.025)
+
+
+@pytest.mark.parametrize("base, var", [("gaussian", 1.0), ("laplace", 2.0)])
+def test_every_expert_for_z_comes_with_all_private_posteriors(base, var):
+    model, _, args = private("--base", base)
+    said = {m: (torch.randn(2), torch.randn(2)) for m in "ab"}
+    model.encoders = nn.ModuleDict({m: Expert(*v) for m, v in said.items()})
+    x = {m: torch.zeros(5, 1, 1, 1) for m in "ab"}
+    for i, layout in ((0, "mean"), (1, "log variance")):
+        z_a, w_a, z_b, w_b = *said["a"][i], *said["b"][i]
+        for expert, z in zip(model.experts(x), (z_a, z_b)):
+            assert torch.equal(expert[i], torch.stack([z, w_a, w_b]).expand(5, 3)), layout
+        alone = model.experts({"b": x["b"]})
+        unseen = torch.tensor(math.log(var) if i else 0.0)
+        assert len(alone) == 1
+        assert torch.equal(alone[0][i], torch.stack([z_b, unseen, w_b]).expand(5, 3)), layout
+    u, experts = torch.randn(5, 3), model.experts(x)
+    q = {(m, j): log_normal(u[:, [k]], said[m][0][j], said[m][1][j]).exp()
+         for m, j, k in (("a", 0, 0), ("b", 0, 0), ("a", 1, 1), ("b", 1, 2))}
+    exact = -((q["a", 0] + q["b", 0]) / 2 * q["a", 1] * q["b", 1]).log()
+    assert torch.allclose(er.nll_q(u, experts, "mixture"), exact, atol=1e-4)
+
+
+def test_a_decoder_sees_its_own_private_latent_alone():
+    model = er.Revision(IMAGES, flags("--w_dim", "2")).eval()
+    u = torch.randn(4, 3 + 2 * 2)
+    made = model.generate(u)
+    for columns, moved in ((slice(0, 3), "ab"), (slice(3, 5), "a"), (slice(5, 7), "b")):
+        other = u.clone()
+        other[:, columns] += 1
+        again = model.generate(other)
+        assert [m for m in IMAGES if not torch.equal(made[m], again[m])] == list(moved)
+        assert list(model.generate(u, ["b"])) == ["b"]
+
+
+# ---- The generator's average ---------------------------------------------------------------------
+def test_chains_start_at_the_average_and_losses_do_not():
+    args = flags("--ema", "0.75", "--cond_z_steps", "0")
+    model, plain = er.Revision(IMAGES, args).eval(), er.Revision(IMAGES, flags())
+    before = [p.clone() for p in model.starts.parameters()]
+    for p in model.decoders.parameters():
+        p.data += 0.01
+    model.follow()
+    assert all(torch.allclose(a, b + 0.0025, atol=1e-6)
+               for a, b in zip(model.starts.parameters(), before))
+    z = model.prior(4, "cpu")
+    start = er.sample_joint(model, z, "generator", 0, args)
+    plain.decoders.load_state_dict(model.starts.state_dict())
+    assert torch.equal(start["b"], plain.generate(z)["b"])
+    assert not torch.equal(start["b"], model.generate(z)["b"])
+    plain.encoders.load_state_dict(model.encoders.state_dict())
+    torch.manual_seed(0)
+    seen = er.sample_q(model, {"a": start["a"]})
+    torch.manual_seed(0)
+    given = er.sample_given(model, {"a": start["a"]}, 0, args)
+    assert torch.equal(given["b"], plain.generate(seen)["b"])
+    x = {m: torch.rand(4, *s) for m, s in IMAGES.items()}
+    live = [p.clone() for p in model.decoders.parameters()]
+    average = [p.clone() for p in model.starts.parameters()]
+    er.train_step(model, x, er.make_optimizers(model, args, 1), args)       # one step of generator
+    assert any(not torch.equal(a, b) for a, b in zip(live, model.decoders.parameters()))
+    for p, old, new in zip(model.starts.parameters(), average, model.decoders.parameters()):
+        assert torch.allclose(p, 0.75 * old + 0.25 * new, atol=1e-5)
 
 
 def test_warmup_loss_and_its_gradients():
@@ -302,6 +432,8 @@ def test_text_state_round_trip_and_smoothing():
                                   ["--net", "resnet"], ["--nll", "mixture"], ["--rerun_chain"],
                                   ["--x_init", "noise", "--z_init", "noise"],
                                   ["--z_init", "stratified", "--nll", "mixture"],
+                                  ["--w_dim", "2", "--z_init", "stratified", "--ema", "0.9"],
+                                  ["--w_dim", "2", "--base", "laplace", "--nll", "mixture"],
                                   ["--fusion", "additive", "--decoder_dist", "laplace"]])
 @pytest.mark.parametrize("shapes", [IMAGES, TEXT], ids=["images", "text"])
 def test_every_option_trains_every_net(more, shapes):

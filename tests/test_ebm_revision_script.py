@@ -104,16 +104,16 @@ def test_text_and_images_end_to_end(paired, monkeypatch):
 
 
 def test_killed_in_all_stages_and_resumed_equals_the_uninterrupted_run(paired):
-    run_dir = paired / "runs/ebm_revision/paired/0"
-    process = start(flags(paired, "--ckpt_minutes", "0"))
+    run_dir, more = paired / "runs/ebm_revision/paired/0", ("--ema", "0.5", "--w_dim", "1")
+    process = start(flags(paired, *more, "--ckpt_minutes", "0"))
     for stage, step in (("warmup", 2), ("full", 5), ("mixed", 7)):
         wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process = start(flags(paired, "--ckpt_minutes", "0", "--resume"))
+        process = start(flags(paired, *more, "--ckpt_minutes", "0", "--resume"))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    whole = ebm_revision.main([*flags(paired), "--out_dir", str(paired / "whole")])
+    whole = ebm_revision.main([*flags(paired, *more), "--out_dir", str(paired / "whole")])
     whole_dir = paired / "whole/ebm_revision/paired/0"
     assert lines(run_dir) == lines(whole_dir)
     result = json.loads((run_dir / "result.json").read_text())["metrics"]
@@ -186,7 +186,7 @@ def test_a_variant_that_shares_the_warmup_is_the_run_of_its_flags(paired, name):
     (["--z_init", "all"], "--z_init"), (["--epochs", "5"], "--warmup"),
     (["--staged", "--warmup", "0"], "--staged"),
     (["--lr_ebm", "nan"], "--lr_ebm"), (["--epoch", "3"], "--epoch"),
-    (["--width", "0"], "--width")])
+    (["--width", "0"], "--width"), (["--w_dim", "-1"], "--w_dim"), (["--ema", "1.5"], "--ema")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         ebm_revision.main([*arguments, "--out_dir", str(tmp_path)])
