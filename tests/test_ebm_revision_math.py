@@ -234,6 +234,11 @@ def test_product_under_another_prior_leaves_private_latents_alone():
     assert mu[0, 0].item() == pytest.approx(both * x.sum().item() / noise, abs=1e-5)
     assert log_var[0, 0].item() == pytest.approx(math.log(both), abs=1e-5)
     assert torch.equal(mu[:, 1:], w[0]) and torch.equal(log_var[:, 1:], w[1])
+    wide = torch.zeros(1, 1), torch.ones(1, 1)
+    wide = tuple(torch.cat([v, rest], 1) for v, rest in zip(wide, w))
+    mu, log_var = er.product([experts[0], wide], 1, var)    # variance e > 2: says nothing
+    assert mu[0, 0].item() == pytest.approx(0.8 * q / noise, abs=1e-5)
+    assert log_var[0, 0].item() == pytest.approx(math.log(q), abs=1e-5)
 
 
 @pytest.mark.parametrize("base", ["gaussian", "laplace"])
