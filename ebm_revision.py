@@ -74,6 +74,7 @@ PRESETS = {"synth_mnist_svhn": dict(epochs=21, mixed=1, x_steps_test=60), "synth
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
+MAX_LOSS = 1e8                                              # nats; above: inference model ran away
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -109,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--weight_decay", type=number(float, 0), default=0.0, help="generator and inference")
     flag("--gamma", type=number(float, 0, 1, open_low=True), default=0.9, help="lr, an epoch")
     flag("--max_gap", type=number(float, 0, open_low=True), default=1e4, help="|f(X)-f(X_rev)|")
-    flag("--ema", type=number(float, 0, 0.9999), default=0.0, help="chain starts: decay a step (D8)")
+    flag("--ema", type=number(float, 0, 0.9999), default=0.0, help="chain starts (D8)")
     flag("--ebm_reg", type=number(float, 0), default=0.0, help="times mean f^2 of data and revised")
     flag = p.add_argument_group("sampler").add_argument
     flag("--x_init", default="generator", choices=["generator", "noise"])
@@ -580,12 +581,13 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
                               run.rank, run.world):
             metrics = train_step(model, x, opts, args, phase)
             step += 1
-            seen = torch.stack([metrics.get("gap", worst * 0).abs().float(),
-                                *[0 * v.abs().float() for k, v in metrics.items() if k != "gap"]])
-            worst = torch.maximum(worst, seen.sum())                        # 0 * inf is nan
+            sane = torch.stack([v.abs() < MAX_LOSS for v in metrics.values()]).all()
+            gap = metrics.get("gap", worst * 0).abs().float()
+            worst = torch.maximum(worst, torch.where(sane, gap, math.nan))
             due, shown = run.checkpoint_due(), step % args.log_every == 0 or step == total
             if (due or shown) and common.any_rank(~(worst < args.max_gap), run.world):
-                step = restore(run.rollback(f"f(X) - f(X_rev) or a loss diverged by step {step}"))
+                step = restore(run.rollback(f"f(X) - f(X_rev) or a loss diverged by step {step} "
+                                            "(loss_enc: give more --z_steps)"))
                 worst = torch.zeros_like(worst)
                 break                                                       # order from its epoch
             if shown:

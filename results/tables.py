@@ -88,7 +88,7 @@ METHODS = {
     "ebm_revision": ("generator alone", "_initial", {
         "synth_mnist_svhn": ("default", "default"),
         "synth_polymnist": ("three-modalities", "three-modalities"),
-        "mnist_svhn": ("small-10-steps", "small-10-steps")})}
+        "mnist_svhn": ("small-10-steps", "small-10-steps"), "polymnist": ("small", "small")})}
 
 
 def seeds(script: str, dataset: str, variant: str) -> list[dict]:

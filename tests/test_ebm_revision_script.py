@@ -1,5 +1,6 @@
 """ebm_revision.py end to end: files, resume, rollback, ranks, bad input."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -121,14 +122,17 @@ def test_killed_in_all_stages_and_resumed_equals_the_uninterrupted_run(paired):
         {k: v for k, v in whole.items() if v == v}
 
 
-def test_divergence_rolls_back_halves_the_rate_and_stops_after_three(paired, monkeypatch):
+@pytest.mark.parametrize("key, value", [("gap", math.nan), ("loss_enc", math.inf),
+                                        ("loss_enc", 1e9), ("loss_gen", -1e9)])
+def test_divergence_rolls_back_halves_the_rate_and_stops_after_three(paired, monkeypatch, key,
+                                                                     value):
     plain, calls = ebm_revision.train_step, []
 
     def step(model, x, opts, args, phase):
         metrics = plain(model, x, opts, args, phase)
         calls.append(opts["ebm"].param_groups[0]["lr"])
         if len(calls) in broken:
-            metrics["gap"] = torch.tensor(float("nan"))
+            metrics[key] = torch.tensor(value)
         return metrics
     monkeypatch.setattr(ebm_revision, "train_step", step)
     broken = {5}
