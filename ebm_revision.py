@@ -38,8 +38,8 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
      the chain again: --rerun_chain); --weights paper (1, 1, 1) or ancestor (1, 50, 0.1)
   D5 --warmup epochs train a multimodal VAE: ELBO under the experts' product q* (`product`), each
      expert by -log q_m(z|x_m) on its z. Training's z chains start from q*, too; from the mixture
-     (--z_init random), as all do at test, they have to be longer: at 5 steps training collapsed.
-     Wide sigma, so that q* fills the prior; Adam with momentum
+     (--z_init random), as all do at test, they have to be longer: at 5 steps training collapsed;
+     with five modalities it did so from q*, too. Wide sigma: q* fills the prior; Adam with momentum
   D6 --mixed: last epochs (synthetic pairs: one) for the EBM alone, half its chains from tuples of
      data with shuffled modalities; without (0), it does not tell matched from mixed tuples
   D7 --w_dim: private latents, as in MMVAE+. All latents stand in one row (z, w_1 .. w_M); p(x_m|z)
