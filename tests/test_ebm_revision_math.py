@@ -349,6 +349,12 @@ def test_chains_start_at_the_average_and_losses_do_not():
     torch.manual_seed(0)
     given = er.sample_given(model, {"a": start["a"]}, 0, args)
     assert torch.equal(given["b"], plain.generate(seen)["b"])
+    plain.decoders.load_state_dict(model.decoders.state_dict())         # z chains: the live ones
+    ends = []
+    for net in (model, plain):
+        torch.manual_seed(0)
+        ends.append(er.revise_z(net, z, start, 2, args))
+    assert torch.equal(*ends)
     x = {m: torch.rand(4, *s) for m, s in IMAGES.items()}
     live = [p.clone() for p in model.decoders.parameters()]
     average = [p.clone() for p in model.starts.parameters()]
