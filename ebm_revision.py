@@ -74,7 +74,7 @@ PRESETS = {"synth_mnist_svhn": dict(epochs=21, mixed=1, x_steps_test=60), "synth
 WEIGHTS = {"paper": dict(l_rec=1.0, l_syn=1.0, l_inf=1.0),
            "ancestor": dict(l_rec=1.0, l_syn=50.0, l_inf=0.1)}
 INFERENCE_FLAGS = ("x_steps_test", "cond_z_steps")                          # not for training
-MAX_LOSS = 1e8                                              # nats; above: inference model ran away
+MAX_LOSS = 1e8                                              # nats; a loss beyond it has diverged
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -259,8 +259,8 @@ class Revision(nn.Module):
         that nobody observed has the mean and variance of p(w_j)."""
         found = {m: self.encoders[m](v) for m, v in state.items()}
         (first, _), d = next(iter(found.values())), self.z_dim
-        unseen = first.new_zeros(len(first), self.w_dim)
-        unseen = unseen, unseen + math.log(prior_var(self.base))
+        mean = first.new_zeros(len(first), self.w_dim)
+        unseen = mean, mean + math.log(prior_var(self.base))
         w = [torch.cat([found[m][i][:, d:] if m in found else unseen[i] for m in self.encoders], 1)
              for i in (0, 1)]
         return [tuple(torch.cat([part[:, :d], rest], 1) for part, rest in zip(expert, w))
