@@ -469,17 +469,25 @@ def prior_gradient(model: MMVAEPlus, u: Tensor, args) -> Tensor:
     return model.ebm.gradient(u) - torch.cat([pull, w.sign()], 1) / model.ebm.unit
 
 
-compiled_gradient = cache(lambda: torch.compile(prior_gradient))            # once, when asked for
+def prior_chain(model: MMVAEPlus, u: Tensor, n_steps: int, args, trace=None) -> Tensor:
+    """n_steps of Langevin on the prior from u [b d], by the closed form."""
+    return langevin(None, u, n_steps, args.prior_step_size * model.ebm.unit,
+                    lambda u: prior_gradient(model, u, args), trace)
+
+
+compiled_chain = cache(lambda: torch.compile(prior_chain))                  # once, when asked for
 
 
 def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = None,
                  trace: list | None = None) -> Tensor:
     """Step 2: n short-run chains from p0, detached [n d]; n_steps 0: draws of p0 itself."""
     n_steps = args.prior_steps if n_steps is None else n_steps
-    step = compiled_gradient() if args.compile else prior_gradient
-    return langevin(None, start_prior(n, model, args, device), n_steps,
-                    args.prior_step_size * model.ebm.unit, lambda u: step(model, u, args),
-                    trace=trace)
+    u = start_prior(n, model, args, device)
+    if not args.compile or trace is not None:
+        return prior_chain(model, u, n_steps, args, trace)
+    for done in range(0, n_steps, 10):                                     # ten steps a graph
+        u = compiled_chain()(model, u, min(10, n_steps - done), args)
+    return u
 
 
 def blur(model: MMVAEPlus, u: Tensor, args) -> Tensor:

@@ -308,6 +308,22 @@ def test_chains_of_the_flat_ebm_follow_the_base(step, expected):
     assert z.abs().mean().item() == pytest.approx(1.0, abs=0.015)
 
 
+def test_compiled_chains_are_the_plain_ones(monkeypatch):
+    """--compile: ten steps a graph without a break, the rest in another; traced with the kernels
+    and random numbers of eager mode, so that the ends are equal to the bit."""
+    model, _, args = build()
+    model.float()
+    compiled = torch.compile(lep.prior_chain, backend="eager", fullgraph=True)
+    calls = []
+    monkeypatch.setattr(lep, "compiled_chain",
+                        lambda: lambda *a: calls.append(a[2]) or compiled(*a))
+    ends = []
+    for args.compile in (False, True):
+        torch.manual_seed(0)
+        ends.append(lep.sample_prior(model, 8, args, "cpu", n_steps=23))
+    assert torch.equal(*ends) and calls == [10, 10, 3]
+
+
 def test_whitened_chains_live_in_units_of_the_latents():
     """Gaussian base and f = 0: standard deviation unit, ULA's bias that of a step in units; the
     Metropolis test sees the same chain; f(z) is f of z in units."""
