@@ -76,7 +76,7 @@ METHODS = {
         "synth_mnist_svhn": ("default", "gaussian"),
         "synth_polymnist": ("three-modalities", "three-modalities-gaussian"),
         "mnist_svhn": ("3000-steps-warmup", "gaussian-3000-steps-warmup"),
-        "polymnist": ("3000-steps", "gaussian-3000-steps")}),
+        "polymnist": ("8000-steps", "gaussian-8000-steps")}),
     "sbm_vae": ("latents of different items", "_independent", {
         "synth_mnist_svhn": ("default", "default"), "mnist_svhn": ("default", "default"),
         "synth_polymnist": ("three-modalities", "three-modalities"),
