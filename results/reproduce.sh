@@ -80,6 +80,7 @@ latent_ebm_prior polymnist10 three-modalities 0 --n_modalities 3 --n_train 30000
 jnf polymnist 3000-steps 0 --net conv --z_dim 32 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --n_eval 1000
 jnf polymnist 8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000
 jnf polymnist gaussian-8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --flow_blocks 0
+jnf polymnist contrastive-8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --shared contrastive
 jnf polymnist 8000-steps-official-exponent 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 500 --eval_only --checkpoint runs/results/8000-steps/jnf/polymnist/0/checkpoint.pt --prior_exponent official
 ebm_revision polymnist small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 3 --epochs 4 --z_init random --x_steps 10 --x_steps_test 10 --x_step_size 1.4 --z_steps 20 --lr_ebm 5e-4 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 1000
 latent_ebm_prior polymnist cross-warmup 0 --net patch --width 32 --z_dim 16 --w_dim 32 --decoder_dist normal --decoder_scale 0.15 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
