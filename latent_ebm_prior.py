@@ -485,7 +485,7 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
     u = start_prior(n, model, args, device)
     if not args.compile or trace is not None:
         return prior_chain(model, u, n_steps, args, trace)
-    for done in range(0, n_steps, 10):                                     # ten steps a graph
+    for done in range(0, n_steps, 10):                  # ten steps a graph: more compile for long
         u = compiled_chain()(model, u, min(10, n_steps - done), args)
     return u
 
