@@ -252,13 +252,13 @@ class EBM(nn.Module):
 
     @torch.no_grad()
     def gradient(self, z: Tensor) -> Tensor:
-        """df/dz [b d] in closed form, five products: W1'(a'(h1) * W2'(a'(h2) * w3)) sech^2."""
+        """df/dz [b d] in closed form, four products: W1'(a'(h1) * W2'(a'(h2) * w3)) sech^2."""
         (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in self.layers)
         h1 = torch.addmm(b1, z / self.unit, w1.T)                          # [b h]
         h2 = torch.addmm(b2, self.act(h1), w2.T)
         back = w3.expand_as(h2)
         if self.bound:
-            g = torch.addmm(b3, self.act(h2), w3.T)                        # [b 1]
+            g = (self.act(h2) * w3).sum(1, keepdim=True) + b3              # [b 1]
             back = (1 - torch.tanh(g / self.bound) ** 2) * w3
         return self.times_slope(self.times_slope(back, h2) @ w2, h1) @ w1 / self.unit
 
@@ -475,7 +475,8 @@ def prior_chain(model: MMVAEPlus, u: Tensor, n_steps: int, args, trace=None) -> 
                     lambda u: prior_gradient(model, u, args), trace)
 
 
-compiled_chain = cache(lambda: torch.compile(prior_chain))                  # once, when asked for
+compiled_chain = cache(lambda device_type: torch.compile(                   # once, when asked for
+    prior_chain, options={"fallback_random": True, "cpp_wrapper": device_type == "cpu"}))
 
 
 def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = None,
@@ -485,8 +486,8 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
     u = start_prior(n, model, args, device)
     if not args.compile or trace is not None:
         return prior_chain(model, u, n_steps, args, trace)
-    for done in range(0, n_steps, 10):                  # ten steps a graph: more compile for long
-        u = compiled_chain()(model, u, min(10, n_steps - done), args)
+    for done in range(0, n_steps, 10):      # ten steps a graph (more compile for long), same z
+        u = compiled_chain(u.device.type)(model, u, min(10, n_steps - done), args)
     return u
 
 

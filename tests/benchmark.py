@@ -3,9 +3,9 @@
     python tests/benchmark.py [--only SCRIPT] [--peer] [--compile] [--amp] [--device D] [--out F]
 
 Prints a row for each stage and sampler: rate, FLOP/s over the measured matmul rate of this machine
-("of floor": 1 would be a machine that does nothing but multiply matrices), peak memory. A rival,
-where there is one, alternates with ours in the same process, so that other load on the machine
-hits both; the median of the repetitions counts. JNF's rival is MultiVae 1.0.3 (--peer, needs
+("of floor": 1 would be a machine that does nothing but multiply matrices), peak memory. That rate
+and a rival, where there is one, alternate with ours in the same process, so that other load on the
+machine hits all; the median of the repetitions counts. JNF's rival is MultiVae 1.0.3 (--peer, needs
 `pip install multivae==1.0.3`), the others' is the loop that the public codes use. Not a test.
 """
 import argparse
@@ -45,10 +45,9 @@ def clock(work, device: str) -> float:
 
 
 def matmul_rate(device: str, n: int = 2048) -> float:
-    """FLOP/s of an fp32 product of two n x n matrices."""
+    """FLOP/s of an fp32 product of two n x n matrices, best of three."""
     a, b = torch.randn(2, n, n, device=device)
-    a @ b
-    return 10 * 2 * n**3 / min(clock(lambda: [a @ b for _ in range(10)], device) for _ in range(3))
+    return 2 * n**3 / min(clock(lambda: a @ b, device) for _ in range(3))
 
 
 def random_set(shapes: dict, n: int, device: str) -> data.Dataset:
@@ -150,7 +149,8 @@ def sbm_rows(args, device: str, steps: int) -> dict:
 
 def latent_rows(args, device: str, steps: int) -> dict:
     """Steps of the default run on random images; prior chain 60 x 128 by the closed form against
-    two autograd.grad calls a step; posterior chain 20 x 64."""
+    two autograd.grad calls a step, five in a row as a stage of f alone has them, so that a cold
+    cache counts little, and the matrix products of those chains alone; posterior chain 20 x 64."""
     model = latent_ebm_prior.MMVAEPlus(TRIPLE, args)
     model.to(device, memory_format=torch.channels_last)
     opts = latent_ebm_prior.make_optimisers(model, args, SimpleNamespace(world=1))
@@ -160,18 +160,30 @@ def latent_rows(args, device: str, steps: int) -> dict:
         return lambda: [latent_ebm_prior.train_step(model, x, opts, args, use_ebm)
                         for _ in range(steps)]
 
+    def chains():
+        for _ in range(5):
+            latent_ebm_prior.sample_prior(model, 128, args, device, 60)
+
+    def products():                                       # of f's layers, there and back
+        w1, w2, w3 = (layer.weight for layer in model.ebm.layers)
+        z, h = torch.randn(128, args.z_dim, device=device), torch.randn(128, len(w1), device=device)
+        with torch.no_grad():
+            for _ in range(5 * 60):
+                z @ w1.T, h @ w2.T, h @ w3.T, h @ w2, h @ w1
+
     def two_gradients():
-        z = latent_ebm_prior.start_prior(128, model, args, device)
-        for _ in range(60):
+        for i in range(5 * 60):
+            if i % 60 == 0:
+                z = latent_ebm_prior.start_prior(128, model, args, device)
             z = z.detach().requires_grad_(True)
             (f,) = torch.autograd.grad(model.ebm(z).sum(), z)
             (p,) = torch.autograd.grad(latent_ebm_prior.log_base(z, args).sum(), z)
             z = z + 0.08 * (f + p) + 0.4 * torch.randn_like(z)
     return {"VAE step": (train(False), steps, "steps/s"),
             "VAE and EBM step": (train(True), steps, "steps/s"),
-            "prior chain 60 x 128": (
-                lambda: latent_ebm_prior.sample_prior(model, 128, args, device, 60), 60, "steps/s",
-                two_gradients, "two autograd.grad"),
+            "five prior chains 60 x 128": (chains, 5 * 60, "steps/s", two_gradients,
+                                           "two autograd.grad"),
+            "their products alone": (products, 5 * 60, "steps/s"),
             "posterior chain 20 x 64": (
                 lambda: latent_ebm_prior.sample_posterior(model, x, args, 20, True), 20, "steps/s")}
 
@@ -342,18 +354,20 @@ def jnf_rows(a) -> dict:
             for name, row in rows.items()}
 
 
-def measure(name: str, row: tuple, rate: float, a) -> dict:
+def measure(name: str, row: tuple, a) -> dict:
     """One line of the table, and its numbers."""
     work, count, unit, *rival = row
     work()                                                # warm up, and compile
     done = flops(work) if unit == "steps/s" else 0
-    times, other = [], []
+    times, other, rates = [], [], []
     for _ in range(a.repeats):
+        rates.append(matmul_rate(a.device))
         times.append(clock(work, a.device))
         if rival:
             other.append(clock(rival[0], a.device))
-    mine = statistics.median(times)
-    found = {"seconds": mine, "count": count, "unit": unit, "of_floor": done / rate / mine}
+    mine, rate = statistics.median(times), statistics.median(rates)
+    found = {"seconds": mine, "count": count, "unit": unit, "matmul_flops": rate,
+             "of_floor": done / rate / mine}
     text = f"{mine:8.2f} s" if unit == "s" else f"{count / mine:8.1f} {unit}"
     line = f"{name:26s}{text:20s}" + (f" of floor {found['of_floor']:.2f}" if done else "")
     if rival:
@@ -391,7 +405,7 @@ def main() -> None:
         print(f"-- {script}")
         torch.manual_seed(0)
         rows = makers[script](a)
-        found[script] = {name: measure(name, row, rate, a) for name, row in rows.items()}
+        found[script] = {name: measure(name, row, a) for name, row in rows.items()}
     if a.peer and "jnf" in found:
         args = jnf.parse_args(["--net", "conv"])
         per_s = [our_ess(args, a.device) / found["jnf"]["HMC default, 200 chains"]["seconds"],

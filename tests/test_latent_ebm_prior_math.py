@@ -316,7 +316,7 @@ def test_compiled_chains_are_the_plain_ones(monkeypatch):
     compiled = torch.compile(lep.prior_chain, backend="eager", fullgraph=True)
     calls = []
     monkeypatch.setattr(lep, "compiled_chain",
-                        lambda: lambda *a: calls.append(a[2]) or compiled(*a))
+                        lambda _: lambda *a: calls.append(a[2]) or compiled(*a))
     ends = []
     for args.compile in (False, True):
         torch.manual_seed(0)
