@@ -85,6 +85,12 @@ class Dataset:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {m: tuple(self.x[m].shape[1:]) for m in self.modalities}
 
+    @property
+    def net_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a net draws: images (c, h, w), attributes (a,), logits of text (l, words)."""
+        return {m: shape + (len(self.words),) * (self.kinds[m] == "text")
+                for m, shape in self.shapes.items()}
+
     def to(self, device) -> "Dataset":
         x, rows, pool_y = (pools and {m: pool.to(device) for m, pool in pools.items()}
                            for pools in (self.x, self.rows, self.pool_y))
@@ -158,8 +164,10 @@ def batches(dataset: Dataset, batch_size: int, generator: torch.Generator | None
 
 @torch.no_grad()
 def encode(net, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """net over uint8 images [p c h w], as floats in [0, 1], batch by batch -> features [p f]."""
-    return torch.cat([net(x.float() / 255) for x in images.split(batch_size)])
+    """net over uint8 images [p c h w], as floats in [0, 1], or tokens [p l], batch by batch:
+    features [p f]."""
+    return torch.cat([net(x.float() / 255 if x.dtype == torch.uint8 else x)
+                      for x in images.split(batch_size)])
 
 
 def load(name: str, split: str, data_dir="datasets", n: int | None = None,

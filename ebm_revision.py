@@ -698,11 +698,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
                                  n_modalities=args.n_modalities).to(run.device)
                 for split, n in (("train", args.n_train), ("test", args.n_test))}
-        words = (len(sets["train"].words),)                                 # text: (l, words)
-        shapes = {m: shape + words * (sets["train"].kinds[m] == "text")
-                  for m, shape in sets["train"].shapes.items()}
         try:
-            model = Revision(shapes, args).to(run.device)
+            model = Revision(sets["train"].net_shapes, args).to(run.device)
         except ValueError as error:
             raise common.RunError(error) from None
         run.start(model)

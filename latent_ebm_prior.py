@@ -7,7 +7,8 @@ modalities that disagree. An energy-based prior on z, learned with short-run Lan
 them; a second Langevin chain can bring the encoder's samples nearer to the true posterior.
 
 Model       p_a(z) = exp(f(z)) p0(z) / Z(a)     f = NEGATIVE energy; p0 Laplace(0, 1) or Normal
-            p(w_m) = Laplace(0, 1);  p(x_m|z, w_m) = Laplace or Normal(decoder_m(z, w_m), 0.75)
+            p(w_m) = Laplace(0, 1);  p(x_m|z, w_m) = Laplace or Normal(decoder_m(z, w_m), 0.75), or
+            of a caption, tokens [b l], Categorical(logits decoder_m(z, w_m)) a word
             q(z|x) = 1/M sum_m q_m(z|x_m),  q_m(z|x_m) and q_m(w|x_m) Laplace;  scales sum to dim
             r_m(w) = Laplace(0, s_m): stands for w_m where x_m is drawn from another modality's z
 Symbols     z, w [b d]; m, j modality (experts first: [m k b d]), k importance sample, b batch;
@@ -47,6 +48,9 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
      the draws' scales grow from 0 (no bound yet); else real PolyMNIST's z stays blind to digits
   D10 latents can be sharp where decoders look and wide where they do not: --whiten has f, p0 and
      chains in units of mean |z|; --smooth blurs z_pos and ends generation with Tweedie's step
+  D11 cub has MMVAE+'s sizes, weights and nets of images; its nets of captions have BatchNorm, which
+     chains through a decoder would disturb, ours none; its posteriors are Normal and it takes DReG,
+     ours are Laplace, whose path gradients, of order 1 / scale, blew a sharp encoder up: iwae
 """
 import argparse
 import math
@@ -71,7 +75,9 @@ PRESETS = {
     "synth_polymnist": SYNTH, "synth_mnist_svhn": dict(SYNTH, rescale=True, sigmoid=True, z_dim=10),
     "polymnist": POLY, "polymnist10": dict(POLY, n_modalities=10),
     "mnist_svhn": dict(z_dim=20, private=False, k=30, objective="dreg", rescale=True,
-                       epochs_vae=30), "paired": dict(net="mlp")}
+                       epochs_vae=30), "paired": dict(net="mlp"),
+    "cub": dict(z_dim=48, w_dim=16, decoder_scale=0.01, weight=[32 / 12288, 5.0], epochs_vae=50,
+                objective="iwae", k=10, batch_size=32, prior_steps=50, eval_batch=50)}
 
 
 def free_flags(args: argparse.Namespace) -> tuple[str, ...]:
@@ -95,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--decoder_dist", default="laplace", choices=["laplace", "normal"], help="p(x_m|z, w_m)")
     flag("--decoder_scale", type=number(float, 0, open_low=True), default=0.75)
     flag("--rescale", action=switch, default=False, help="weigh by largest size / size of x_m")
+    flag("--weight", type=number(float, 0), nargs="+", help="lambda_m of each modality instead")
     flag("--prior", default="ebm", choices=["ebm", "laplace"], help="laplace: p0 alone, MMVAE+")
     flag("--base", default="laplace", choices=["laplace", "gaussian"], help="p0 of z")
     flag("--base_scale", type=number(float, 0, open_low=True), default=1.0)
@@ -165,19 +172,30 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + 0.1 * self.conv2(F.leaky_relu(h, 0.2))
 
 
+RESNETS = {28: (1, 1, 2, 4), 64: (1, 1, 2, 4, 4, 4, 4)}                     # widths by side
+
+
 def body(shape: tuple[int, ...], net: str, width: int) -> tuple[nn.Module, int]:
-    """(encoder tower [b c h w] -> [b f], f). ValueError if the net has no version for the shape."""
-    (c, h, w), a = shape, width
+    """(encoder tower [b c h w] -> [b f], f), of captions (l, words): [b l] -> [b f]. ValueError if
+    the net has no version for the shape."""
+    a = width
+    if len(shape) == 2:
+        return nn.Sequential(
+            nn.Embedding(shape[1], 2 * a), Rearrange("b l e -> b e l"),
+            nn.Conv1d(2 * a, 2 * a, 3, 1, 1), nn.LeakyReLU(0.2),
+            nn.Conv1d(2 * a, 2 * a, 3, 1, 1), nn.LeakyReLU(0.2), nn.Flatten()), 2 * a * shape[0]
+    c, h, w = shape
     if net == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, 400), nn.ReLU()), 400
     if net == "patch" and h % 4 == w % 4 == 0:
         return nn.Sequential(
             Rearrange("b c (h p) (w q) -> b (h w) (c p q)", p=4, q=4), nn.Linear(16 * c, a),
             nn.ReLU(), nn.Flatten(), nn.Linear(h * w * a // 16, 8 * a), nn.ReLU()), 8 * a
-    if net == "resnet" and (h, w) == (28, 28):
-        return nn.Sequential(nn.Conv2d(c, a, 3, 1, 1), ResBlock(a, a), nn.AvgPool2d(3, 2, 1),
-                             ResBlock(a, 2 * a), nn.AvgPool2d(3, 2, 1), ResBlock(2 * a, 4 * a),
-                             nn.Flatten()), 4 * a * 49
+    if net == "resnet" and h == w and h in RESNETS:
+        blocks = [ResBlock(a * i, a * o) for i, o in zip(RESNETS[h], RESNETS[h][1:])]
+        halved = [part for block in blocks[1:] for part in (nn.AvgPool2d(3, 2, 1), block)]
+        return nn.Sequential(nn.Conv2d(c, a, 3, 1, 1), blocks[0], *halved,
+                             nn.Flatten()), 4 * a * (h >> len(blocks) - 1) ** 2
     if net == "conv" and (h, w) == (32, 32):
         a = max(width // 2, 1)
         return nn.Sequential(nn.Conv2d(c, a, 4, 2, 1), nn.ReLU(), nn.Conv2d(a, 2 * a, 4, 2, 1),
@@ -187,8 +205,13 @@ def body(shape: tuple[int, ...], net: str, width: int) -> tuple[nn.Module, int]:
 
 
 def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Sequential:
-    """(w, z) [b dim] -> mean image [b c h w], unbounded (D8)."""
-    (c, h, w), a, up = shape, width, nn.ConvTranspose2d
+    """(w, z) [b dim] -> mean image [b c h w], unbounded (D8), or logits of words [b l words]."""
+    a, up = width, nn.ConvTranspose2d
+    if len(shape) == 2:
+        return nn.Sequential(nn.Linear(dim, 8 * a), nn.LeakyReLU(0.2),
+                             nn.Linear(8 * a, 2 * a * shape[0]), nn.LeakyReLU(0.2),
+                             nn.Unflatten(1, (shape[0], 2 * a)), nn.Linear(2 * a, shape[1]))
+    c, h, w = shape
     if net == "mlp":
         return nn.Sequential(nn.Linear(dim, 400), nn.ReLU(), nn.Linear(400, c * h * w),
                              nn.Unflatten(1, shape))
@@ -198,10 +221,11 @@ def decoder(shape: tuple[int, ...], net: str, width: int, dim: int) -> nn.Sequen
             nn.Unflatten(1, (-1, a)), nn.Linear(a, 16 * c),
             Rearrange("b (h w) (c p q) -> b c (h p) (w q)", h=h // 4, p=4, q=4, c=c))
     if net == "resnet":
-        return nn.Sequential(nn.Linear(dim, 4 * a * 49), nn.Unflatten(1, (4 * a, 7, 7)),
-                             ResBlock(4 * a, 2 * a), nn.Upsample(scale_factor=2),
-                             ResBlock(2 * a, a), nn.Upsample(scale_factor=2), ResBlock(a, a),
-                             nn.LeakyReLU(0.2), nn.Conv2d(a, c, 3, 1, 1))
+        blocks = [ResBlock(a * i, a * o) for o, i in zip(RESNETS[h], RESNETS[h][1:])][::-1]
+        doubled = [part for block in blocks[:-1] for part in (block, nn.Upsample(scale_factor=2))]
+        side = h >> len(blocks) - 1
+        return nn.Sequential(nn.Linear(dim, 4 * a * side**2), nn.Unflatten(1, (4 * a, side, side)),
+                             *doubled, blocks[-1], nn.LeakyReLU(0.2), nn.Conv2d(a, c, 3, 1, 1))
     a = max(width // 2, 1)
     return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), up(dim, 4 * a, 4), nn.ReLU(),
                          up(4 * a, 2 * a, 4, 2, 1), nn.ReLU(), up(2 * a, a, 4, 2, 1), nn.ReLU(),
@@ -264,25 +288,29 @@ class EBM(nn.Module):
 
 
 class MMVAEPlus(nn.Module):
-    """All nets for images of shapes {m: (c, h, w)}; aux: logits of the scales of r_m, [m d]."""
+    """All nets for images (c, h, w) and captions (l, words), shapes {m: ..}; weight: lambda_m; aux:
+    logits of the scales of r_m, [m d]. ValueError if --net or --weight do not fit them."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], args: argparse.Namespace):
         super().__init__()
         self.modalities, self.z_dim, self.amp = list(shapes), args.z_dim, args.amp
         self.w_dim = args.w_dim if args.private else 0
         self.encoders, self.decoders = nn.ModuleDict(), nn.ModuleDict()
-        sizes = {m: math.prod(s) for m, s in shapes.items()}
-        self.weight = {m: max(sizes.values()) / n if args.rescale else 1.0
-                       for m, n in sizes.items()}
+        self.texts = [m for m, s in shapes.items() if len(s) == 2]
+        sizes = [math.prod(s[:1] if m in self.texts else s) for m, s in shapes.items()]
+        weight = args.weight or [max(sizes) / n if args.rescale else 1.0 for n in sizes]
+        if len(weight) != len(shapes):
+            raise ValueError(f"--weight: give {len(shapes)}, one for each of {', '.join(shapes)}")
+        self.weight = dict(zip(shapes, weight))
         for m, shape in shapes.items():
             net = args.net
             if net == "auto":
-                net = {(3, 28): "resnet", (3, 32): "conv"}.get(shape[:2], "mlp")
+                net = {(3, 28): "resnet", (3, 64): "resnet", (3, 32): "conv"}.get(shape[:2], "mlp")
             self.encoders[m] = nn.ModuleDict(
                 {name: LaplaceTower(shape, net, args.width, dim)
                  for name, dim in (("z", self.z_dim), ("w", self.w_dim)) if dim})
             self.decoders[m] = decoder(shape, net, args.width, self.z_dim + self.w_dim)
-            if args.sigmoid:
+            if args.sigmoid and m not in self.texts:
                 self.decoders[m].append(nn.Sigmoid())
         self.aux = nn.Parameter(torch.zeros(len(shapes), self.w_dim))
         dim = self.z_dim + (args.ebm_on == "u") * len(shapes) * self.w_dim
@@ -293,13 +321,13 @@ class MMVAEPlus(nn.Module):
         q = {"z": [], "w": []}
         with torch.autocast(self.aux.device.type, torch.bfloat16, enabled=self.amp):
             for m in [m for m in self.modalities if m in x]:
-                empty = x[m].new_zeros(len(x[m]), 0)
+                empty = self.aux.new_zeros(len(x[m]), 0)
                 q["z"].append(self.encoders[m]["z"](x[m]))
                 q["w"].append(self.encoders[m]["w"](x[m]) if self.w_dim else (empty, empty))
         return [torch.stack(p).to(self.aux) for name in q for p in zip(*q[name])]
 
     def decode(self, m: str, z: Tensor, w: Tensor) -> Tensor:
-        """z, w [... d] -> mean images [... c h w], in one call."""
+        """z, w [... d] -> mean images [... c h w], or logits [... l words], in one call."""
         u = torch.cat([w, z], -1)
         with torch.autocast(u.device.type, torch.bfloat16, enabled=self.amp):
             x = self.decoders[m](u.reshape(-1, u.shape[-1]))
@@ -328,7 +356,11 @@ def log_base(z: Tensor, args) -> Tensor:
 
 
 def log_lik(x: Tensor, mean: Tensor, args) -> Tensor:
-    """log Laplace or Normal(x; mean, decoder_scale): x [b c h w], mean [... b c h w] -> [... b]."""
+    """log Laplace or Normal(x; mean, decoder_scale): x [b c h w], mean [... b c h w] -> [... b]; of
+    tokens x [b l] under logits mean [... b l words]: the sum over words."""
+    if x.ndim == 2:
+        log_p = mean.log_softmax(-1).gather(-1, x.expand(mean.shape[:-1])[..., None])
+        return reduce(log_p, "... l 1 -> ...", "sum")
     error, scale, log_z = (x - mean).abs(), args.decoder_scale, math.log(2 * args.decoder_scale)
     if args.decoder_dist == "normal":
         error, log_z = error**2 / (2 * scale), math.log(scale) + 0.5 * math.log(2 * math.pi)
@@ -716,11 +748,12 @@ def train(model: MMVAEPlus, train_set: data.Dataset, args, run) -> None:
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 def joint_images(model: MMVAEPlus, u: Tensor, args) -> dict[str, Tensor]:
-    """Decoder means {m: [b c h w]} of u = z, w as --w_test says, or of u = (z, w_1 .. w_M)."""
+    """Mean images {m: [b c h w]} of u = z, w as --w_test says, or of u = (z, w_1 .. w_M)."""
     if u.shape[1] == model.z_dim:
         u = torch.cat([u, *draw_w(model, len(u), args.w_test)], 1)
     z, w = model.split(u)
-    return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)}
+    return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)
+            if m not in model.texts}
 
 
 def draw_prior(model: MMVAEPlus, n: int, args, device, n_steps: int) -> Tensor:
@@ -758,7 +791,8 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
 
     def generate(x, targets, n_steps=args.cross_steps, use_ebm=use_ebm):
         z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
-        return {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
+        out = {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
+        return {m: v.argmax(-1) if m in model.texts else v for m, v in out.items()}
 
     metrics |= common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
     base = common.coherence_joint(lambda n: sample(n, 0), judges, args.n_eval, args.eval_batch,
@@ -775,7 +809,12 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     if use_ebm:
         metrics |= diagnose_prior(model, test, args, run)
     metrics |= diagnose_posterior(model, test, args, run, use_ebm)
-    common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
+    images = test.take(slice(8), device, [m for m in test.modalities if m not in model.texts])
+    common.draw_samples(run.dir, sample, generate, images)
+    if model.texts:                                                        # said of eight images
+        said = [row for tokens in generate(images, model.texts).values() for row in tokens.tolist()]
+        (run.dir / "captions.txt").write_text(
+            "\n".join(" ".join(test.words[i] for i in row) for row in said) + "\n")
     metrics |= probe_latents(model, train_set, test, args, run) if test.y is not None else {}
     run.time_samples(sample)
     return metrics
@@ -863,7 +902,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                                  n_modalities=args.n_modalities).to(run.device)
                 for split, n in (("train", args.n_train), ("test", args.n_test))}
         try:
-            model = MMVAEPlus(sets["train"].shapes, args)
+            model = MMVAEPlus(sets["train"].net_shapes, args)
             model.to(run.device, memory_format=torch.channels_last)
         except ValueError as error:
             raise common.RunError(error) from None

@@ -55,6 +55,32 @@ def test_parameter_counts_of_the_published_nets():
     assert args.rescale and model.weight == {"mnist": 3072 / 784, "svhn": 1.0}
 
 
+def test_birds_have_the_published_nets_of_images_and_captions_as_categoricals():
+    """CUB's ResNets reach 2 x 2 by five halvings; log_lik of tokens is Categorical's, for any
+    leading dimensions; weights are lambda_m, and must be as many as modalities."""
+    shapes = {"image": (3, 64, 64), "caption": (32, 11)}
+    args = lep.parse_args(["--dataset", "cub", "--width", "4", "--post_steps", "2"])
+    model = lep.MMVAEPlus(shapes, args)
+    tower = model.encoders["image"]["z"]
+    assert tower.mu.in_features == 4 * 4 * 2 * 2 and model.weight["caption"] == 5
+    assert [b.conv2.out_channels for b in tower.body if isinstance(b, lep.ResBlock)] == [
+        4, 8, 16, 16, 16, 16]
+    x = {"image": torch.rand(2, 3, 64, 64), "caption": torch.randint(11, (2, 32))}
+    mu_z, _, mu_w, _ = model.encode(x)
+    z, w = torch.randn(2, 5, *mu_z.shape[1:]), torch.randn(2, 5, *mu_w.shape[1:])
+    assert model.decode("image", z, w).shape == (2, 5, 2, 3, 64, 64)
+    logits = model.decode("caption", z, w)
+    exact = Categorical(logits=logits).log_prob(x["caption"].expand(2, 5, 2, 32)).sum(-1)
+    assert torch.allclose(lep.log_lik(x["caption"], logits, args), exact, atol=1e-4)
+    assert torch.allclose(lep.log_lik(x["caption"], logits[0, 0], args), exact[0, 0], atol=1e-4)
+    opts = optimisers(model, args)
+    assert all(v.isfinite() for v in lep.train_step(model, x, opts, args).values())
+    end = lep.sample_posterior(model, {"caption": x["caption"]}, args, 2, True)
+    assert end.shape == (2, 48 + 2 * 16) and end.isfinite().all()
+    with pytest.raises(ValueError, match="--weight: give 2, one for each of image, caption"):
+        lep.MMVAEPlus(shapes, lep.parse_args(["--dataset", "cub", "--weight", "1"]))
+
+
 def test_patch_nets_see_and_draw_each_patch_in_its_place():
     """A change of one 4 x 4 patch reaches the features only through that patch's columns, and the
     decoder's own features of a patch fill that patch alone."""

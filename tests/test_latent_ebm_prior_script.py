@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import common
+import data
 import latent_ebm_prior as lep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,22 @@ def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypat
     assert result["metrics"]["coherence_cross_2"] == metrics["coherence_cross_2"]
     monkeypatch.setattr(common, "_save_rows", lambda *_: None)
     assert lep.main([*arguments, "--eval_only"]) == pytest.approx(metrics, nan_ok=True)
+
+
+def test_birds_and_captions_end_to_end(paired, monkeypatch):
+    def load(name, split, *_, **__):
+        n, rows = (40, torch.arange(80)) if split == "train" else (12, torch.arange(24))
+        x = {"image": torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8),
+             "caption": torch.randint(11, (2 * n, 32))}
+        return data.Dataset(x, None, {"image": "image", "caption": "text"}, name, split,
+                            rows={"image": rows // 2, "caption": rows}, words=tuple("abcdefghijk"))
+    monkeypatch.setattr(data, "load", load)
+    small = [*TINY, "--net", "auto", "--k", "2"]
+    metrics = lep.main(["--dataset", "cub", "--out_dir", str(paired / "runs"), *small])
+    folder = paired / "runs/latent_ebm_prior/cub/0"
+    assert np.isfinite(metrics["bound_base_nats"])
+    captions = (folder / "captions.txt").read_text().splitlines()          # of 8 test images
+    assert [len(line.split()) for line in captions] == [32] * 8
 
 
 @pytest.mark.parametrize("more", [
