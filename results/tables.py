@@ -214,7 +214,9 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
 INFERENCE = [      # data, variants (data set/row) without and with posterior chains
     ("synthetic pairs", "synth_mnist_svhn", "default", "mcmc-small-step"),
     ("the same, w of r_m", "synth_mnist_svhn", "aux", "mcmc-small-step-aux"),
-    ("the same, f on all latents", "synth_mnist_svhn", None, "mcmc-u"),
+    ("synthetic pairs, D10", "synth_mnist_svhn", "whiten", "mcmc-whiten"),
+    ("the same, w of r_m", "synth_mnist_svhn", "whiten-aux", "mcmc-whiten-aux"),
+    ("synthetic pairs, f on all latents", "synth_mnist_svhn", None, "mcmc-u"),
     ("f on all latents, w of r_m", "synth_mnist_svhn", None, "mcmc-u-aux"),
     ("real pairs, no w", "mnist_svhn", "shared-k3-8-epochs", "shared-k3-mcmc"),
     ("PolyMNIST", "polymnist", "cross-warmup-wide", "cross-warmup-mcmc"),
