@@ -508,6 +508,12 @@ def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4)
         m: generate({m: x.repeat_interleave(k, 0)}, list(given)) for m, x in given.items()})
 
 
+def save_captions(path, tokens: Tensor, words: tuple[str, ...]) -> None:
+    """A line of words for each row of tokens [n l]."""
+    lines = (" ".join(words[i] for i in row) + "\n" for row in tokens.tolist())
+    Path(path).write_text("".join(lines))
+
+
 def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: float) -> None:
     """PNG of rows that begin with an image [c h w]; then densities [y x] on [-reach, reach]^2."""
     rows = [[cell if cell.ndim == 2 else _tile(cell[None], 1, 200) for cell in row] for row in rows]

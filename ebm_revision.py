@@ -641,11 +641,10 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     torch.manual_seed(args.seed)
     rows |= {f"{m}, revised": v for m, v in joint("generator", k)(16).items() if m in images}
     common.draw_samples(run.dir, lambda _: rows, given(k), test.take(slice(8), device, images))
-    if len(images) < len(test.modalities):
-        words = given(k)(test.take(slice(8), device, images), test.modalities)
-        said = [" ".join(test.words[i] for i in row) for m, rows in words.items()
-                if m not in images for row in rows.tolist()]
-        (run.dir / "captions.txt").write_text("\n".join(said) + "\n")
+    texts = [m for m in test.modalities if test.kinds[m] == "text"]
+    if texts:                                                               # said of eight images
+        said = given(k)(test.take(slice(8), device, images), texts).values()
+        common.save_captions(run.dir / "captions.txt", torch.cat([*said]), test.words)
     run.time_samples(joint("generator", k))
     return metrics
 

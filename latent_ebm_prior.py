@@ -812,9 +812,8 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     images = test.take(slice(8), device, [m for m in test.modalities if m not in model.texts])
     common.draw_samples(run.dir, sample, generate, images)
     if model.texts:                                                        # said of eight images
-        said = [row for tokens in generate(images, model.texts).values() for row in tokens.tolist()]
-        (run.dir / "captions.txt").write_text(
-            "\n".join(" ".join(test.words[i] for i in row) for row in said) + "\n")
+        said = generate(images, model.texts).values()
+        common.save_captions(run.dir / "captions.txt", torch.cat([*said]), test.words)
     metrics |= probe_latents(model, train_set, test, args, run) if test.y is not None else {}
     run.time_samples(sample)
     return metrics
