@@ -507,7 +507,7 @@ def prior_chain(model: MMVAEPlus, u: Tensor, n_steps: int, args, trace=None) -> 
                     lambda u: prior_gradient(model, u, args), trace)
 
 
-compiled_chain = cache(lambda device_type: torch.compile(                   # once, when asked for
+compiled_chain = cache(lambda device_type: torch.compile(      # once; with eager's random numbers
     prior_chain, options={"fallback_random": True, "cpp_wrapper": device_type == "cpu"}))
 
 
@@ -518,7 +518,7 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
     u = start_prior(n, model, args, device)
     if not args.compile or trace is not None:
         return prior_chain(model, u, n_steps, args, trace)
-    for done in range(0, n_steps, 10):      # ten steps a graph (more compile for long), same z
+    for done in range(0, n_steps, 10):      # ten steps a graph: more compile for long
         u = compiled_chain(u.device.type)(model, u, min(10, n_steps - done), args)
     return u
 

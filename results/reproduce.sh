@@ -166,22 +166,22 @@ ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {3..19}; do echo "joint_layer_ebm synth_svhn default $seed"; done
     for seed in {1..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done
-    for seed in 1 2; do
-        echo "latent_ebm_prior synth_mnist_svhn aux $seed --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
-        echo "latent_ebm_prior synth_mnist_svhn mcmc-small-step $seed --inference mcmc --post_steps 5 --post_step_size 0.01"
-        echo "latent_ebm_prior synth_mnist_svhn mcmc-small-step-aux $seed --inference mcmc --post_steps 5 --post_step_size 0.01 --w_test aux --eval_only --checkpoint runs/results/mcmc-small-step/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
-        echo "latent_ebm_prior mnist_svhn shared-k3-mcmc $seed --width 32 --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5"
-    done
     w="--whiten --smooth 0.2 --prior_step_size 0.2"
     m="--inference mcmc --post_steps 5 --post_step_size 0.01"
     aux="--w_test aux --eval_only --checkpoint runs/results"
+    for seed in 1 2; do
+        echo "latent_ebm_prior synth_mnist_svhn aux $seed $aux/default/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
+        echo "latent_ebm_prior synth_mnist_svhn mcmc-small-step $seed $m"
+        echo "latent_ebm_prior synth_mnist_svhn mcmc-small-step-aux $seed $m $aux/mcmc-small-step/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
+        echo "latent_ebm_prior mnist_svhn shared-k3-mcmc $seed --width 32 --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5"
+    done
     for seed in 0 1 2; do
         echo "latent_ebm_prior synth_mnist_svhn whiten-aux $seed $w $aux/whiten/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
         echo "latent_ebm_prior synth_mnist_svhn mcmc-whiten $seed $m $w"
         echo "latent_ebm_prior synth_mnist_svhn mcmc-whiten-aux $seed $m $w $aux/mcmc-whiten/latent_ebm_prior/synth_mnist_svhn/$seed/checkpoint.pt"
     done
     for seed in {0..19}; do
-        echo "latent_ebm_prior synth_polymnist aux $seed --w_test aux --eval_only --checkpoint runs/results/default/latent_ebm_prior/synth_polymnist/$seed/checkpoint.pt"
+        echo "latent_ebm_prior synth_polymnist aux $seed $aux/default/latent_ebm_prior/synth_polymnist/$seed/checkpoint.pt"
     done
     for seed in {1..10}; do
         echo "latent_ebm_prior synth_polymnist sigmoid $seed --sigmoid --z_dim 10 --epochs_ebm 2 --ebm_act gelu --max_gap 50"
