@@ -48,8 +48,11 @@ class RunError(ValueError):
 
 # ---- Metrics -------------------------------------------------------------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2); mu [f], cov [f f], also singular."""
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2); mu [f], cov [f f], also singular; nan
+    if one of them is not finite."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
+    if not all(a.isfinite().all() for a in (mu1, cov1, mu2, cov2)):
+        return math.nan
     values, basis = torch.linalg.eigh(cov1)
     root = basis * values.clamp_min(0).sqrt()                   # root @ root.T = C1
     cross = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp_min(0).sqrt().sum()
@@ -253,11 +256,13 @@ def load_inception(data_dir, device) -> nn.Module | None:
 # ---- Coherence, and distances to real test images ------------------------------------------------
 @torch.no_grad()
 def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
-    """Classes {m: [n]} that judges see in batches {m: images}; {key: (mu, cov)} of the features."""
+    """Classes {m: [n]} that judges see in batches {m: images}, -1 in an image that is not finite;
+    {key: (mu, cov)} of the features."""
     classes, stats = {}, {}
     for x in batches:
         for m in [m for m in judges if m in x]:
-            classes.setdefault(m, []).append(judges[m](x[m])[0].argmax(1).cpu())
+            seen, finite = judges[m](x[m])[0].argmax(1), x[m].flatten(1).isfinite().all(1)
+            classes.setdefault(m, []).append(torch.where(finite, seen, -1).cpu())
         for key in [key for key in extract if key[1] in x]:
             stats.setdefault(key, FeatureStats()).update(extract[key](x[key[1]]))
     return ({m: torch.cat(c) for m, c in classes.items()},
@@ -266,7 +271,7 @@ def _measure(batches, judges: dict, extract: dict) -> tuple[dict, dict]:
 
 def _agreement(classes: dict[str, Tensor]) -> float:
     classes = torch.stack(list(classes.values()))
-    return (classes == classes[0]).all(0).float().mean().item()
+    return ((classes == classes[0]) & (classes >= 0)).all(0).float().mean().item()
 
 
 def _distances(stats: dict, real, prefix: str = "") -> dict[str, float]:
@@ -312,6 +317,7 @@ def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, refe
     joint = {"coherence_joint": _agreement(classes)} if len(judges) > 1 else {}
     if judges:
         seen = torch.cat(list(classes.values()))
+        seen = seen[seen >= 0]
         joint["classes_joint"] = torch.special.entr(seen.bincount() / len(seen)).sum().exp().item()
     return joint | _distances(stats, reference)
 
@@ -510,6 +516,8 @@ def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4)
 
 def save_captions(path, tokens: Tensor, words: tuple[str, ...]) -> None:
     """A line of words for each row of tokens [n l]."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     lines = (" ".join(words[i] for i in row) + "\n" for row in tokens.tolist())
     Path(path).write_text("".join(lines))
 

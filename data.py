@@ -225,6 +225,16 @@ def _split(dataset: Dataset, n: int | None) -> Dataset:
                    y=None if dataset.y is None else y[rows])
 
 
+def _shuffled(dataset: Dataset) -> Dataset:
+    """The same tuples in a fixed random order: files are sorted by class as often as not, and
+    evaluations look at the first n."""
+    order = torch.randperm(len(dataset), generator=_generator(dataset.name, dataset.split))
+    if dataset.rows is not None:
+        return replace(dataset, rows={m: row[order] for m, row in dataset.rows.items()})
+    return replace(dataset, x={m: x[order] for m, x in dataset.x.items()},
+                   y=None if dataset.y is None else dataset.y[order])
+
+
 def _draw(y: Tensor, pool_y: Tensor, generator: torch.Generator) -> Tensor:
     """A random row of the pool with the same label for each of y [n]: without replacement until
     the class is used up, then again from all of it. Returns [n] int64."""
@@ -319,7 +329,8 @@ def _from_files(name: str, split: str, data_dir: Path, n: int | None) -> Dataset
     note = str(arrays.pop("note", ""))
     x, y = _checked(name, path, arrays)
     kinds = {m: "binary" if m == "attributes" else "image" for m in x}
-    return _split(Dataset(x, y, kinds, name, split, note), n)
+    found = _split(Dataset(x, y, kinds, name, split, note), n)
+    return _shuffled(found) if name == "paired" else found
 
 
 def _checked(name: str, path: Path,
@@ -338,6 +349,8 @@ def _checked(name: str, path: Path,
         _require(ok and shape in (None, v.shape[1:]),
                  f"{path}: {key} must be uint8 [n {shape or 'h w c'}], not {v.dtype} {v.shape}")
         m = key if name == "paired" else "image" if name == "celeba" else name
+        _require(m.isidentifier() and not hasattr(torch.nn.ModuleDict, m),
+                 f"{path}: {m!r} cannot name a modality: take another word")
         x[m] = torch.from_numpy(np.ascontiguousarray(v.transpose(0, 3, 1, 2)))
     n = len(next(iter(x.values())))
     _require(all(len(v) == n for v in x.values()), f"{path}: modalities of unequal lengths")
@@ -527,8 +540,9 @@ def _cub(split: str, data_dir: Path, n: int | None) -> Dataset:
     x = {"image": _resized(files, 64, True), "caption": tokens.reshape(-1, 10, 32)}
     found = _split(Dataset(x, y, {"image": "image", "caption": "text"}, "cub", split), n)
     rows = torch.arange(10 * len(found))
-    return replace(found, x=found.x | {"caption": found.x["caption"].flatten(0, 1)}, y=None,
-                   rows={"image": rows // 10, "caption": rows}, words=words)
+    return _shuffled(replace(
+        found, x=found.x | {"caption": found.x["caption"].flatten(0, 1)}, y=None,
+        rows={"image": rows // 10, "caption": rows}, words=words))
 
 
 # ---- Generated sets ----------------------------------------------------------------------------

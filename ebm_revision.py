@@ -44,7 +44,8 @@ Deviations. The paper's body was not at hand: values are of the authors' unimoda
      data with shuffled modalities; without (0), it does not tell matched from mixed tuples
   D7 --w_dim: private latents, as in MMVAE+. All latents stand in one row (z, w_1 .. w_M); p(x_m|z)
      sees z and w_m, expert m infers z and w_m from x_m. In q every expert for z comes with all
-     q_j(w_j|x_j), and with p(w_j) for a modality that is not observed. The paper's z is shared only
+     q_j(w_j|x_j), and with p(w_j) for a modality that is not observed (a Normal of its variance
+     under --base laplace). The paper's z is shared only
   D8 --ema: chains start at an average of the generator's weights, training's and the test's
 """
 import argparse
@@ -130,6 +131,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.epochs and args.warmup + max(args.mixed, 1) > args.epochs:
         p.error("--warmup and --mixed leave no epoch of --epochs for the EBM")
+    if args.mixed and args.batch_size < 2:
+        p.error("--mixed needs --batch_size 2 or more: half of the chains start at shuffled data")
     if args.staged and not args.warmup:
         p.error("--staged needs --warmup: nothing else trains the generator")
     return args
@@ -345,7 +348,8 @@ def nll_q(z: Tensor, experts: list[tuple[Tensor, Tensor]], mode: str) -> Tensor:
 
 def product(experts: list[tuple[Tensor, Tensor]], z_dim: int, var: float = 1.0) -> tuple:
     """(mu, log_var) [b d] of q*(z|X) ~ p(z)^(1-M) prod_m q_m(z|x_m), p = N(0, var): the posterior
-    if q_m is p(z|x_m). A variance above the prior's counts as the prior's, so that q* is a density.
+    if q_m is p(z|x_m). A variance above the prior's counts as the prior's, so that q* is a density;
+    a vague expert still pulls towards its mean.
     From column z_dim on the experts say the same, q_j(w_j|x_j): that stays."""
     precision = torch.stack([(-log_var[:, :z_dim]).exp().clamp(min=1 / var)
                              for _, log_var in experts])
@@ -529,7 +533,7 @@ def train_step(model: Revision, x: dict[str, Tensor], opts: dict, args, phase="f
             step("gen", loss_generator(model, given, z_rev, z, paired, args))
             z_rev = z_rev.reshape(z_0.shape)
             step("enc", loss_inference(model, state, z_rev, z, paired, args))
-        if args.rerun_chain:
+        if args.rerun_chain and phase == "full":                            # else nets are the same
             x_rev = sample_joint(model, z, args.x_init, args.x_steps, args, mixed)
         loss, metrics["gap"] = loss_energy(model.ebm, state, x_rev, args.ebm_reg)
         step("ebm", loss)
@@ -562,7 +566,8 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
         return state["step"]
 
     def save():
-        run.save({"step": step} | {name: part.state_dict() for name, part in parts.items()})
+        run.save({"step": step, "stage": int(step >= total)}
+                 | {name: part.state_dict() for name, part in parts.items()})
 
     step = restore(run.load(args.checkpoint, free=INFERENCE_FLAGS)) if args.resume else 0
     save()
@@ -633,6 +638,9 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
         if init == "generator":
             found |= common.coherence_cross(given(n_steps), test, judges, args.eval_batch, real)
         metrics |= {key + suffix: value for key, value in found.items()}
+    state = model.to_state(test.take(slice(1000), device))
+    gap = model.ebm(state) - model.ebm(recombine(state, len(next(iter(state.values())))))
+    metrics["f_matched_minus_mixed"] = gap.mean().item()                    # D6
     metrics |= latent_metrics(model, train_set, test, args, device)
     metrics |= diagnose_chains(model, args, run)
     images = [m for m in test.modalities if test.kinds[m] == "image"]
@@ -680,11 +688,10 @@ def diagnose_chains(model: Revision, args, run) -> dict[str, float]:
                for m, v in start.items()}
     metrics |= {"energy_initial": -model.ebm(start).mean().item(),
                 "energy_revised": -model.ebm(end).mean().item()}
-    revise_x(model.ebm, start, 4 * max(n, 1), args, trace=trace)
-    flat = torch.stack(trace)                                               # [n b f]
-    energy = torch.stack([-model.ebm(unpack(row, start)) for row in flat])
-    chosen = torch.linspace(0, flat.shape[2] - 1, 64).long().to(flat.device)
-    chains = rearrange(flat[:, :, chosen].cpu(), "n (b c) d -> n c (b d)", c=4)
+    revise_x(model.ebm, start, 4 * max(n, 1), args, trace=trace)            # each [b f]
+    energy = torch.stack([-model.ebm(unpack(row, start)) for row in trace])
+    chosen = torch.linspace(0, trace[0].shape[1] - 1, 64).long().to(run.device)
+    chains = rearrange([row[:, chosen].cpu() for row in trace], "n (b c) d -> n c (b d)", c=4)
     return metrics | common.chain_report(chains, run.dir / "diagnostics.png", energy=energy)
 
 
@@ -705,7 +712,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for net in [*model.decoders.values(), *model.encoders.values()] if args.compile else []:
             net.compile()
         if args.eval_only:
-            model.load_state_dict(run.load(args.checkpoint, free=INFERENCE_FLAGS)["model"])
+            model.load_state_dict(run.load(args.checkpoint, INFERENCE_FLAGS, 1)["model"])
         else:
             train(model, sets["train"], args, run)
         test = sets["test"].head(args.n_eval)

@@ -61,8 +61,9 @@ PRESETS = {
     "shapes": dict(z_dim=2, decoder_dist="normal", decoder_scale=1.0, beta=1.0, epochs_joint=15,
                    epochs_flow=15), "polymnist10": dict(POLY, n_modalities=10)}
 TWO_LAYERS = dict(common_dim=64, shared_layers=2)
-SHARED = {"translated_polymnist": TWO_LAYERS,                              # on top of PRESETS
-          "polymnist": dict(TWO_LAYERS, batch_size=64, epochs_joint=200, epochs_flow=200)}
+POLY_SHARED = dict(TWO_LAYERS, batch_size=64, epochs_joint=200, epochs_flow=200)
+SHARED = {"translated_polymnist": TWO_LAYERS, "polymnist": POLY_SHARED,    # on top of PRESETS
+          "polymnist10": POLY_SHARED}
 OFFICIAL_HMC = dict(hmc_steps=100, hmc_adapt=0, hmc_step_size=0.01, n_leapfrog=10, bound=0.0,
                     prior_exponent="official")
 INFERENCE_FLAGS = (*OFFICIAL_HMC, "sampler", "latent_prior", "gmm_components")  # not for training
@@ -256,7 +257,8 @@ class JNF(nn.Module):
         self.shapes, self.modalities, self.shared = shapes, list(shapes), args.shared
         self.joint_heads, self.decoders = nn.ModuleDict(), nn.ModuleDict()
         self.projectors, self.posteriors = nn.ModuleDict(), nn.ModuleDict()
-        hidden = [nn.Linear(512, 512), nn.SiLU()] * (args.shared_layers - 1)
+        hidden = [layer for _ in range(args.shared_layers - 1)
+                  for layer in (nn.Linear(512, 512), nn.SiLU())]
         shared_mlp = nn.Sequential(nn.Linear(args.common_dim, 512), nn.SiLU(), *hidden,
                                    nn.Linear(512, args.shared_dim))        # one for all modalities
         for m, shape in shapes.items():
@@ -549,7 +551,8 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     params = list(parts.requires_grad_(True).train().parameters())
     opt = torch.optim.Adam(params, args.lr, fused=True)
     opt.register_step_pre_hook(lambda *_: common.average_gradients(params, run.world))
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=args.plateau or 10**9)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=args.plateau or 10**9,
+                                                          threshold=0)     # losses may be negative
     if name == "flow":
         sets = [with_frozen_features(model, s, args) for s in sets]
     train_set, val_set = sets
@@ -648,7 +651,8 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
     metrics |= {k: torch.stack(v).mean().item() for k, v in stats.items()}
     if metrics["outside"] > 0.01:
         run.say(f"WARNING: {metrics['outside']:.1%} of the chains end at |z| > sqrt(d) + 2, the "
-                "prior's 0.3 %: perhaps the product is not integrable, and --bound decides")
+                "prior's 0.3 %: perhaps the product is not integrable"
+                + ", and --bound decides" * bool(args.bound))
     sample = priors[args.latent_prior]
     common.draw_samples(run.dir, sample, generate, test.take(slice(8), device))
     if args.z_dim == 2:
@@ -672,7 +676,8 @@ def draw_posteriors(model: JNF, given: dict[str, Tensor], args, run) -> None:
     axis, rows = torch.linspace(-3.5, 3.5, 200), []
     z = torch.cartesian_prod(axis, axis).to(next(iter(given.values())))    # [g 2]
     for m, x in given.items():
-        mean, q = model.decoders[m](z), model.posteriors[m]
+        mean = torch.cat([model.decoders[m](part) for part in z.split(1000)])
+        q = model.posteriors[m]
         for xi in x.split(1):
             log_p = log_normal(z) + log_lik(xi, mean, args.decoder_dist, args.decoder_scale)
             p = log_p.softmax(0)                                           # [g]

@@ -31,9 +31,9 @@ Deviations from the authors' public code
   D1 chains run on eps (theirs, joint training: on z; --space z) and always start at p0 (theirs:
      all layers from N(0, I)), so that K = 0 is the plain generator
   D2 the target on eps has -|eps|^2 / 2 (theirs, two-stage: log p0(T(eps)), which is not its law)
-  D3 log sigma_i is bounded by a tanh (theirs is not: at sigma 0.01 a chain on z explodes)
+  D3 log sigma_i is bounded by a tanh to (-3, 3) (theirs is not); chains on z need sigma > s / 2
   D4 p0(z_L) has standard deviation 1 (theirs 1.01)
-  D5 two_stage takes steps of 0.1: a sampler (theirs 0.006, mnist's here 0.02: a gradient flow)
+  D5 two_stage takes steps of 0.1 (theirs 0.006, mnist's here 0.02: a gradient flow)
   D6 a VAE may come first (--epochs_backbone), rates may fall (--decay); diverged runs roll back
 """
 import argparse
@@ -599,8 +599,8 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
     main_stage = "energy" if args.scheme == "two_stage" else "joint"
 
     def save():
-        run.save({"step": step, "model": model.state_dict(), "auprc": auprc,
-                  "opts": [opt.state_dict() for opt in opts]})
+        run.save({"step": step, "stage": int(step == total), "auprc": auprc,
+                  "model": model.state_dict(), "opts": [opt.state_dict() for opt in opts]})
 
     def restore(state):
         model.load_state_dict(state["model"])
@@ -816,14 +816,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for part in [*model.backbone()[1:], model.energies] if args.compile else []:
             part.compile()
         if args.eval_only:
-            state = run.load(args.checkpoint, free=EVAL_FLAGS)
+            state = run.load(args.checkpoint, EVAL_FLAGS, 1)
             model.load_state_dict(state["model"])
             auprc = state["auprc"]
         else:
             auprc = train(model, train_set, tests, args, run)
         args.n_eval = min(args.n_eval, len(test))
         metrics = evaluate(model, everything, train_set, tests, out, auprc, args, run)
-        return run.finish(metrics, train_set.note, args.n_eval)
+        note = train_set.note
+        if out:
+            note += f"; --ood {out.name}: {len(out)} images, {out.note}"
+        return run.finish(metrics, note, args.n_eval)
 
 
 if __name__ == "__main__":

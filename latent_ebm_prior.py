@@ -21,8 +21,8 @@ Algorithm   for each minibatch
             log W_m = lambda_m log p(x_m|z,w_m) + sum_n lambda_n log p(x_n|z,w'_n)
             + beta (f(z) + log p0(z) + log p(w_m) - log q(z|x) - log q_m(w_m|x_m))
   3' --inference mcmc: v ~ encoder, then post_steps of Langevin on log p(v|x); the decoders ascend
-     rho sum_n (log p(x_n|z,w_n) + log p(x_n|z,w'_n)) + (1 - rho) (3), z and w the chain's ends; the
-     encoders (3), or with --phi teach 1/M sum_m log q_m(z|x_m) + sum_n log q_n(w_n|x_n)
+     rho sum_n lambda_n (log p(x_n|z,w_n) + log p(x_n|z,w'_n)) + (1 - rho) (3), z and w the chain's
+     ends; the encoders (3), or with --phi teach 1/M sum_m log q_m(z|x_m) + sum_n log q_n(w_n|x_n)
   4  f descends  mean f(z_neg) - mean f(z_pos),  z_pos: z of 1, or the chain's end of 3'
   Afterwards epochs_ebm epochs of 2 and 4 alone (z_pos as before). Generation: z from chain 2,
   w ~ p(w), or of r_m as in (3) (--w_test aux: more coherent, less diverse); decoders.
@@ -39,15 +39,15 @@ Deviations and choices (neither the paper's code nor its hyperparameters could b
   D3 the posterior chain divides the likelihood by beta, to match (3); --no-temper does not
   D4 --objective dreg is unbiased for a mixture of experts; public code leaves the score term in
   D5 --ebm_on u: f sees (z, w_1 .. w_M), and w_n learns from it in expert n's term only, as from
-     p(w_n); drawing x_n from others then still takes w_n ~ p(w)
+     p(w_n); joint samples have f's w, drawing x_n from others takes w_n as --w_test says
   D6 the synthetic presets learn f after the autoencoder: (3) has p0 alone (--ebm_warmup)
   D7 their nets of 4 x 4 patches, sizes, rates and decoder scale are ours: minutes on a CPU
   D8 decoders end without a sigmoid (synth_mnist_svhn's: --sigmoid): a pixel that it saturates
      never comes back, because the gradient of a Laplace likelihood does not grow with the error
   D9 --cross_warmup: in these first epochs latents explain the other modalities alone, and beta and
-     the draws' scales grow from 0 (no bound yet); else real PolyMNIST's z stays blind to digits
+     the draws' scales grow from 0 (no bound yet, no DReG); else real PolyMNIST's z stays blind
   D10 latents can be sharp where decoders look and wide where they do not: --whiten has f, p0 and
-     chains in units of mean |z|; --smooth blurs z_pos and ends generation with Tweedie's step
+     prior chains in units of mean |z|; --smooth blurs z_pos and ends them with Tweedie's step
   D11 cub has MMVAE+'s sizes, weights and nets of images; its nets of captions have BatchNorm, which
      chains through a decoder would disturb, ours none; its posteriors are Normal and it takes DReG,
      ours are Laplace, whose path gradients, of order 1 / scale, blew a sharp encoder up: iwae
@@ -148,8 +148,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--objective elbo has --k 1, not {args.k}; give --objective iwae or dreg")
     if args.objective == "dreg" and args.ebm_on == "u":
         p.error("--objective dreg is for --ebm_on z")
-    if args.cross_warmup > min(args.ebm_warmup, max(args.epochs_vae - 1, 0)):
-        p.error("--cross_warmup: give as many --ebm_warmup and more --epochs_vae")
+    if args.cross_warmup > max(args.epochs_vae - 1, 0):
+        p.error("--cross_warmup: give more --epochs_vae")
+    if args.prior == "ebm" and args.cross_warmup > args.ebm_warmup:
+        p.error("--cross_warmup: give as many --ebm_warmup")
+    if args.inference != "mcmc" and any(vars(args)[f] != p.get_default(f) for f in ("rho", "phi")):
+        p.error("--rho and --phi are for --inference mcmc")
+    if (args.whiten or args.smooth) and args.prior != "ebm":
+        p.error("--whiten and --smooth are for --prior ebm")
     if (args.whiten or args.smooth) and args.ebm_warmup < args.epochs_vae:
         p.error("--whiten and --smooth are for f alone: give as many --ebm_warmup as --epochs_vae")
     if args.prior == "ebm" and not args.epochs_ebm and args.ebm_warmup >= args.epochs_vae > 0:
@@ -246,8 +252,9 @@ class LaplaceTower(nn.Module):
         self.mu, self.logits = nn.Linear(f, dim), nn.Linear(f, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(x)
-        return self.mu(h), sum_to_dim(self.logits(h))
+        h = self.body(x).to(self.mu.weight.dtype)
+        with torch.autocast(h.device.type, enabled=False):                  # scales may be 0.01
+            return self.mu(h), sum_to_dim(self.logits(h))
 
 
 ACTS = {"gelu": (F.gelu, torch.ops.aten.gelu_backward),     # of f: a(h), and g times a'(h)
@@ -437,8 +444,10 @@ def dreg_surrogate(log_weight, z: Tensor, w: Tensor, q: list[Tensor], beta: floa
 
 
 def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool, t: float = 1.0) -> dict:
-    """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]};
-    with use_ebm both lack -beta log Z, so that they are bounds only under p0. t < 1: D9."""
+    """Step 3. {"loss": [] minus the bound (or its surrogate), "bound_nats" [], "z_pos": [b' d]}. A
+    bound of log p(x) under p0, without w, if all lambda and beta are 1; else the objective of
+    MMVAE+, which is none: experts have w priors of their own. use_ebm: less beta log Z. t < 1: D9.
+    """
     q, beta = model.encode(x), t * args.beta
     mu_z, scale_z, mu_w, scale_w = (repeat(p, "m b d -> m k b d", k=args.k) for p in q)
     z, w = sample_laplace(mu_z, t * scale_z), sample_laplace(mu_w, t * scale_w)
@@ -451,7 +460,7 @@ def objective(model: MMVAEPlus, x: dict[str, Tensor], args, use_ebm: bool, t: fl
         log_p = log_prior(model, z, w_all, args, use_ebm) + log_laplace(w, 0.0, 1.0)
         return log_lik_all(model, x, z, w, args, t) + beta * (log_p - log_qz - log_qw)
 
-    bound = (dreg_surrogate(log_weight, z, w, q, beta) if args.objective == "dreg"
+    bound = (dreg_surrogate(log_weight, z, w, q, beta) if args.objective == "dreg" and t == 1
              else importance_bound(log_weight(z, w, q))).mean()
     u = z if args.ebm_on == "z" else torch.cat([z, *w_all], -1)
     return {"loss": -bound, "bound_nats": bound.detach(),
@@ -684,6 +693,8 @@ def train_stage(model: MMVAEPlus, index: int, n_epochs: int, train_set: data.Dat
     names = [f"q_{m}" for m in model.modalities] if coded else model.modalities
     per_epoch = max(len(train_set) // args.batch_size, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
+    if args.prior == "ebm" and not args.epochs_ebm and total <= args.ebm_warmup * per_epoch:
+        raise common.RunError("--max_steps ends within --ebm_warmup: f would never train")
 
     def restore(state: dict) -> int:
         model.load_state_dict(state["model"])
@@ -752,14 +763,14 @@ def joint_images(model: MMVAEPlus, u: Tensor, args) -> dict[str, Tensor]:
     if u.shape[1] == model.z_dim:
         u = torch.cat([u, *draw_w(model, len(u), args.w_test)], 1)
     z, w = model.split(u)
-    return {m: model.decode(m, z, w[i]) for i, m in enumerate(model.modalities)
+    return {m: model.decode(m, z, w[i]).clamp(0, 1) for i, m in enumerate(model.modalities)
             if m not in model.texts}
 
 
 def draw_prior(model: MMVAEPlus, n: int, args, device, n_steps: int) -> Tensor:
-    """n ends of prior chains, denoised, or for 0 steps draws of the autoencoder's own p0: [n d]."""
+    """n ends of prior chains, denoised, [n d]; for 0 steps z of the autoencoder's own p0."""
     u = sample_prior(model, n, args, device, n_steps)
-    return denoise(model, u, args) if n_steps else u / model.ebm.unit
+    return denoise(model, u, args) if n_steps else (u / model.ebm.unit)[:, :model.z_dim]
 
 
 def encoded(model: MMVAEPlus, dataset: data.Dataset, args, device) -> Tensor:
@@ -792,7 +803,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     def generate(x, targets, n_steps=args.cross_steps, use_ebm=use_ebm):
         z, w = model.split(sample_posterior(model, x, args, n_steps, use_ebm))
         out = {m: model.decode(m, z, w[model.modalities.index(m)]) for m in targets}
-        return {m: v.argmax(-1) if m in model.texts else v for m, v in out.items()}
+        return {m: v.argmax(-1) if m in model.texts else v.clamp(0, 1) for m, v in out.items()}
 
     metrics |= common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
     base = common.coherence_joint(lambda n: sample(n, 0), judges, args.n_eval, args.eval_batch,
@@ -872,7 +883,7 @@ def diagnose_prior(model: MMVAEPlus, test: data.Dataset, args, run) -> dict[str,
 
 
 def diagnose_posterior(model: MMVAEPlus, test: data.Dataset, args, run, use_ebm) -> dict:
-    """log p(v, x) before and after post_steps on 200 test items, means."""
+    """The log-density of the posterior chain before and after post_steps, 200 test items, means."""
     x = test.head(200).take(slice(200), run.device)
     start = start_posterior(model, x, args, args.post_init)
     end = langevin(lambda v: log_joint(model, x, v, args, use_ebm), start, args.post_steps,

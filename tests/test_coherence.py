@@ -60,6 +60,27 @@ def test_joint_coherence_of_copies_of_chance_and_of_a_hand_made_case():
     assert alone.keys() == {"classes_joint"}                               # none to agree with
 
 
+def test_images_that_are_not_finite_agree_with_none_and_have_no_distance():
+    rows = torch.tensor([0, 0, 3, 3])                                       # argmax of nan is 0
+    x = {m: images(rows) for m in "ab"}
+    judges = {m: nn.Sequential(nn.Flatten(), nn.Linear(144, 10)) for m in "ab"}
+    judges = {m: lambda v, net=net: (net(v), v.flatten(1)[:, :2]) for m, net in judges.items()}
+    for m in "ab":
+        x[m][0, 0, 5, 5] = torch.nan
+    x["a"][1, 0, 0, 0] = torch.inf
+    judges["b"] = judges["a"]
+    test = make_set("test", names=("a", "b"))
+    metrics = common.coherence_joint(lambda b: x, judges, 4, 4)
+    assert metrics["coherence_joint"] == 0.5 and metrics["classes_joint"] >= 1
+    cross = common.coherence_cross(lambda given, targets: {m: images(
+        torch.zeros(len(given["a" if m == "b" else "b"]))) * torch.nan for m in targets}, test,
+        judges, 300)
+    assert cross["coherence_cross_1"] == 0
+    nan = common.frechet_distance(torch.tensor([torch.nan, 0]), torch.eye(2), torch.zeros(2),
+                                  torch.eye(2))
+    assert nan != nan
+
+
 @pytest.mark.parametrize("n_classes", (1, 2, 10))
 def test_classes_joint_tells_collapse_from_coherence(n_classes):
     same = images(torch.arange(100) % n_classes)

@@ -283,10 +283,20 @@ def test_drop_in_files(tmp_path):
     assert d.y is None and d.shapes == {"image": (3, 64, 64), "attributes": (40,)}
     assert torch.equal(d.take(slice(0, 5))["attributes"], torch.from_numpy(a[:5]).float())
     left, right = images(40, 8, 6, 3), images(40, 5, 5, 1)[..., 0]
-    np.savez(tmp_path / "paired_train.npz", left=left, right=right)
+    left[:, 0, 0, 1] = np.arange(40)
+    np.savez(tmp_path / "paired_train.npz", left=left, right=right, y=np.arange(40) // 20)
     d = load("paired", "train", tmp_path)
     assert d.shapes == {"left": (3, 8, 6), "right": (1, 5, 5)} and len(d) == 36
-    assert torch.equal(d.x["left"][3, 1], torch.from_numpy(left[3, :, :, 1]))
+    row = d.x["left"][:, 1, 0, 0].long()                    # of the file, in which val is last
+    assert row.sort().values.tolist() == [*range(18), *range(20, 38)]
+    assert torch.equal(d.y, row // 20)
+    assert 2 < d.head(12).y.sum() < 10                      # though the file is sorted by class
+    assert torch.equal(d.x["left"][:, 1], torch.from_numpy(left[..., 1])[row])
+    assert torch.equal(d.x["right"][:, 0], torch.from_numpy(right)[row])
+    assert torch.equal(load("paired", "train", tmp_path).y, d.y)
+    np.savez(tmp_path / "paired_test.npz", left=left, type=right)          # a method of ModuleDict
+    with pytest.raises(DataError, match="'type' cannot name a modality"):
+        load("paired", "test", tmp_path)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -508,6 +518,7 @@ def test_cub_pairs_each_caption_with_its_image(tmp_path):
             assert said[1] == f"n{round(255 * image.mean().item() / 10)}"
             assert said[4:] == ["<eos>"] + ["<pad>"] * 27 or said[4:] == ["long"] * 27 + ["<eos>"]
     assert not set(train.x["image"].flatten().tolist()) & set(val.x["image"].flatten().tolist())
+    assert len({image.mean().item() for image in test.take(slice(20))["image"]}) > 10
     assert redraw(train, torch.Generator()) is train
     assert len(load("cub", "train", tmp_path, n=10)) == 90
     rare = cub / "text_trainvalclasses.txt"

@@ -67,7 +67,8 @@ def test_a_run_leaves_all_files_and_eval_only_repeats_it(paired):
                  "cross.png", "curves.png", "diagnostics.png", "result.json"):
         assert (run_dir / name).stat().st_size > 0, name
     assert {row["stage"] for row in lines(run_dir)} == {"warmup", "full", "mixed"}
-    assert {"displacement_a", "energy_initial", "energy_revised", "ess_per_step",
+    assert {"displacement_a", "energy_initial", "f_matched_minus_mixed",
+            "energy_revised", "ess_per_step",
             "recon_nats_q", "recon_nats_revised"} <= set(metrics)
     again = ebm_revision.main(flags(paired, "--eval_only"))
     assert again == pytest.approx(metrics, nan_ok=True)
@@ -188,7 +189,7 @@ def test_a_variant_that_shares_the_warmup_is_the_run_of_its_flags(paired, name):
 @pytest.mark.parametrize("arguments, words", [
     (["--sigma", "0"], "--sigma"), (["--x_steps", "-1"], "--x_steps"),
     (["--z_init", "all"], "--z_init"), (["--epochs", "5"], "--warmup"),
-    (["--staged", "--warmup", "0"], "--staged"),
+    (["--staged", "--warmup", "0"], "--staged"), (["--batch_size", "1"], "--mixed"),
     (["--lr_ebm", "nan"], "--lr_ebm"), (["--epoch", "3"], "--epoch"),
     (["--width", "0"], "--width"), (["--w_dim", "-1"], "--w_dim"), (["--ema", "1.5"], "--ema")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
@@ -196,6 +197,31 @@ def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_pat
         ebm_revision.main([*arguments, "--out_dir", str(tmp_path)])
     assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_training_is_not_evaluated(paired, monkeypatch):
+    step, count = ebm_revision.train_step, iter(range(4))
+
+    def breaks_off(*args):
+        if next(count) == 3:
+            raise OSError
+        return step(*args)
+    monkeypatch.setattr(ebm_revision, "train_step", breaks_off)
+    with pytest.raises(OSError):
+        ebm_revision.main(flags(paired, "--ckpt_minutes", "0"))
+    with pytest.raises(common.RunError, match="not finished"):
+        ebm_revision.main(flags(paired, "--eval_only"))
+
+
+@pytest.mark.parametrize("phase, chains", [("full", 2), ("ebm", 1), ("mixed", 1)])
+def test_the_chain_is_run_again_only_where_a_net_has_moved(phase, chains, monkeypatch):
+    args = ebm_revision.parse_args(["--rerun_chain", "--width", "4", "--x_steps", "1"])
+    model = ebm_revision.Revision({"a": (1, 4, 4), "b": (1, 4, 4)}, args)
+    revise, calls = ebm_revision.revise_x, []
+    monkeypatch.setattr(ebm_revision, "revise_x", lambda *a: calls.append(1) or revise(*a))
+    x = {m: torch.rand(6, 1, 4, 4) for m in "ab"}
+    ebm_revision.train_step(model, x, ebm_revision.make_optimizers(model, args, 1), args, phase)
+    assert len(calls) == chains
 
 
 def test_early_fusion_needs_images_of_one_size(tmp_path):

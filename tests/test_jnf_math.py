@@ -333,3 +333,86 @@ def test_chains_stay_where_the_prior_has_its_mass():
     args.bound = 0.0
     outside = jnf.sample_posterior(model, x, args, product=True).norm(dim=1)
     assert inside.max() < limit < 2 * limit < outside.median()
+
+
+def fixed_posteriors(n, *flags):
+    """A model of n modalities whose experts are N(T_j(z); mu_j, var_j), whatever the image."""
+    args = jnf.parse_args(["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "15",
+                           "--hmc_adapt", "25", *flags])
+    torch.manual_seed(0)
+    model = jnf.JNF({f"m{i}": (1, 4, 4) for i in range(n)}, args).requires_grad_(False)
+    mu, var = torch.randn(n, 3), 0.1 + 0.5 * torch.rand(n, 3)
+
+    def fix(head, a, v):
+        for layer, value in ((head.mu, a), (head.s, v.log())):
+            layer.weight.data.zero_()
+            layer.bias.data.copy_(value)
+    for q, a, v in zip(model.posteriors.values(), mu, var):
+        fix(q["encoder"][1], a, v)
+        for p in q["flow"].parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    fix(model.joint_trunk[1], mu.mean(0), var.mean(0))
+    return model, args, mu, var
+
+
+def given(n, b=3000):
+    return {f"m{i}": torch.zeros(b, 1, 4, 4) for i in range(n)}
+
+
+def assert_normal(z, mu, var):
+    """Draws [b d] have this mean and variance within five standard errors."""
+    assert ((z.mean(0) - mu).abs() < 5 * (var / len(z)).sqrt()).all()
+    assert (z.var(0) / var - 1).abs().max() < 5 * math.sqrt(2 / len(z))
+
+
+@pytest.mark.parametrize("s", [1, 2, 3])
+def test_sample_posterior_draws_from_the_product_of_gaussian_experts(s):
+    model, args, mu, var = fixed_posteriors(4, "--flow_blocks", "0")
+    precision = (1 / var[:s]).sum(0) - (s - 1)                              # p(z)^(1-|S|)
+    z = jnf.sample_posterior(model, given(s), args)
+    assert_normal(z, (mu[:s] / var[:s]).sum(0) / precision, 1 / precision)
+
+
+def test_sample_posterior_given_one_or_all_modalities():
+    model, args, mu, var = fixed_posteriors(2)
+    u, _ = model.posteriors["m1"]["flow"](jnf.sample_posterior(model, {"m1": given(2)["m1"]}, args))
+    assert_normal(u, mu[1], var[1])                                         # one: T(z) is normal
+    assert_normal(jnf.sample_posterior(model, given(2), args), mu.mean(0), var.mean(0))
+
+
+@pytest.mark.parametrize("sampler", ["adaptive", "official"])
+def test_chains_start_through_the_inverse_flow_but_for_the_official_sampler(sampler, monkeypatch):
+    model, args, mu, var = fixed_posteriors(2, "--sampler", sampler)
+    monkeypatch.setattr(jnf, "hmc", lambda log_p, start, *_, **__: (start, 1.0))
+    torch.manual_seed(0)
+    start = jnf.sample_posterior(model, given(2), args, product=True)
+    torch.manual_seed(0)                                                    # the same draws of u
+    k = 1 if sampler == "official" else 16
+    draws = [m + v.sqrt() * torch.randn(k, 3000, 3)[0] for m, v in zip(mu, var)]
+    if sampler == "adaptive":
+        draws = [q["flow"].inverse(u) for q, u in zip(model.posteriors.values(), draws)]
+    own = torch.stack([torch.isclose(start, u, atol=1e-4).all(1) for u in draws])
+    assert (own.sum(0) == 1).float().mean() > 0.99 and (own.float().mean(1) > 0.4).all()
+
+
+@pytest.mark.parametrize("flags", [("--flow_blocks", "0"), ("--flow_blocks", "2"),
+                                   ("--sampler", "official", "--hmc_steps", "5")])
+def test_compiled_path_of_the_product_takes_the_same_steps(flags, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)                 # traced, not compiled
+    jnf.compiled_gradient.cache_clear()
+    ends = []
+    for more in ((), ("--compile",)):
+        model, args, *_ = fixed_posteriors(3, *flags, *more)
+        torch.manual_seed(1)
+        ends.append(jnf.sample_posterior(model, given(3, 50), args, product=True))
+    jnf.compiled_gradient.cache_clear()
+    assert torch.equal(*ends)
+
+
+def test_hidden_layers_of_the_shared_projector_are_layers_of_their_own():
+    sizes = []
+    for n in (1, 2, 3):
+        model = jnf.JNF({"a": (1, 4, 4), "b": (1, 4, 4)}, jnf.parse_args(
+            ["--shared", "contrastive", "--shared_layers", str(n)]))
+        sizes.append(sum(p.numel() for p in model.projectors.parameters()))
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] == 512 * 513

@@ -135,6 +135,20 @@ def test_ood_scores_for_every_k_and_a_data_set_is_not_ood_of_itself(folder):
     assert itself["ood_auroc_l0"] == pytest.approx(0.5, abs=0.15)
 
 
+def test_unfinished_training_is_not_evaluated(folder, monkeypatch):
+    step, count = jl.train_step, iter(range(4))
+
+    def breaks_off(*args):
+        if next(count) == 3:
+            raise OSError
+        return step(*args)
+    monkeypatch.setattr(jl, "train_step", breaks_off)
+    with pytest.raises(OSError):
+        jl.main(flags(folder, "--ckpt_minutes", "0"))
+    with pytest.raises(common.RunError, match="not finished"):
+        jl.main(flags(folder, "--eval_only"))
+
+
 def test_without_energies_the_backbone_alone_is_trained_and_sampled(folder):
     metrics = jl.main(flags(folder, "--scheme", "two_stage", "--f_hidden", "0", *VAE))
     assert metrics["frechet_clf"] == metrics["frechet_clf_k0"] and metrics["energy_k"] == 0

@@ -255,6 +255,17 @@ def test_dreg_and_iwae_have_the_same_mean_gradient_and_dreg_less_noise(beta, k, 
         assert (draws["dreg"].var(0) < draws["iwae"].var(0)).float().mean() > 0.7
 
 
+def test_while_draws_are_narrowed_dreg_is_iwae():
+    """Its scores are those of q, and a draw of scale t s is not q's."""
+    found = []
+    for objective in ("iwae", "dreg"):
+        model, x, args = build("--objective", objective, "--k", "3")
+        torch.manual_seed(1)
+        lep.objective(model, x, args, False, 0.5)["loss"].backward()
+        found.append(torch.cat([g.flatten() for g in grads(model.encoders.parameters())]))
+    assert torch.equal(*found) and found[0].abs().sum() > 0
+
+
 def test_dreg_reports_the_bound_and_not_its_surrogate():
     model, x, _ = build()
     found = {}
@@ -489,6 +500,31 @@ def test_w_that_is_not_given_is_of_p_w_or_of_the_auxiliary_priors(source):
     lep.joint_images(model, torch.zeros(20_000, 3).double(), args)
     for i, m in enumerate(SHAPES):
         assert torch.allclose(seen[m].abs().mean(0), scale[i], rtol=0.04)
+
+
+@pytest.mark.parametrize("ebm_on", ["z", "u"])
+def test_base_samples_have_w_as_asked_and_no_pixel_outside_of_0_and_1(ebm_on, monkeypatch):
+    model, _, args = build("--ebm_on", ebm_on, "--w_test", "aux")
+    monkeypatch.setattr(lep, "draw_w", lambda model, n, source: {"aux": torch.full(
+        (3, n, 2), 7.0, dtype=torch.float64)}[source])
+    seen = []
+    monkeypatch.setattr(model, "decode", lambda m, z, w: seen.append(w) or z.new_tensor([-3, 5.]))
+    z = lep.draw_prior(model, 4, args, "cpu", 0)
+    assert z.shape == (4, 3)
+    made = lep.joint_images(model, z.double(), args)
+    assert all((w == 7).all() for w in seen) and made["a"].tolist() == [0, 1]
+    u = lep.draw_prior(model, 4, args, "cpu", 0) if ebm_on == "z" else torch.zeros(4, 9)
+    lep.joint_images(model, u.double(), args)                               # f's own w stay
+    assert (seen[-1] == (7 if ebm_on == "z" else 0)).all()
+
+
+def test_amp_leaves_the_parameters_of_posteriors_in_full_precision():
+    model, x, _ = build()
+    model = model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        q = model.encode({m: v.float() for m, v in x.items()})
+    assert all(p.dtype == torch.float32 for p in q)
+    assert not torch.equal(q[1], q[1].bfloat16().float())                   # nor rounded before
 
 
 @pytest.mark.parametrize("base", ["laplace", "gaussian"])

@@ -264,12 +264,23 @@ def test_two_processes_train_as_one_at_the_same_global_batch(paired):
     (["--prior_step_size", "nan"], "--prior_step_size"), (["--base", "cauchy"], "--base"),
     (["--cross_warmup", "12"], "--cross_warmup"), (["--whiten", "--ebm_warmup", "2"], "--whiten"),
     (["--smooth", "0.2", "--ebm_warmup", "2"], "--smooth"),
-    (["--cross_warmup", "2", "--ebm_warmup", "1"], "--cross_warmup")])
+    (["--cross_warmup", "2", "--ebm_warmup", "1"], "--ebm_warmup"), (["--rho", "0.2"], "--rho"),
+    (["--prior", "laplace", "--smooth", "0.1"], "--prior ebm")])
 def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         lep.main([*arguments, "--out_dir", str(tmp_path)])
     assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_before_f_learns_is_refused(paired):
+    more = "--epochs_vae", "4", "--ebm_warmup", "3", "--epochs_ebm", "0", "--max_steps", "2"
+    with pytest.raises(common.RunError, match="f would never train"):
+        lep.main(flags(paired, *more))
+
+
+def test_the_base_prior_needs_no_warmup_of_f_for_cross_warmup():
+    assert lep.parse_args(["--prior", "laplace", "--cross_warmup", "2", "--ebm_warmup", "0"])
 
 
 def test_nets_and_checkpoints_that_do_not_fit_are_one_line(paired, monkeypatch, capsys):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 from torch.distributions import Normal, kl_divergence
 
 import sbm_vae
@@ -224,6 +225,19 @@ def test_bias_of_the_ways_to_impose_observed_latents():
     assert found["fresh"] < found["official"]
 
 
+def test_official_corrector_counts_the_missing_rows_only_under_masked_training():
+    """Its step is the ratio of two norms: both of the rows that move. The score is N(0, I)'s, whose
+    variance the corrector changes by the same factor however many modalities are observed."""
+    found = []
+    for known in (0, 1, 3):
+        torch.manual_seed(0)
+        z = sample(lambda z, t: -z, (4000, 4, 8), {j: torch.zeros(4000, 8) for j in range(known)},
+                   sde=SDE, sampler="pc", n_steps=100, corrector="official", conditional=True,
+                   obs_noise="clean")
+        found.append(z[:, known:].var().item())
+    assert found == pytest.approx([0.925] * 3, abs=0.02)
+
+
 @pytest.mark.parametrize("noise", ["fresh", "fixed", "official", "clean"])
 @pytest.mark.parametrize("sampler", ["pc", "ode"])
 def test_observed_latents_come_back_bit_identical_and_enter_as_said(noise, sampler):
@@ -397,6 +411,48 @@ def test_unet_maps_latents_to_latents_of_any_number_of_modalities():
     other = t.clone()
     other[:, 0] = 0
     assert not torch.allclose(net(z, t), net(z, other))
+
+
+def test_score_net_does_not_care_which_modality_is_called_the_first():
+    """Permuting modalities together with the weights that belong to them permutes the output."""
+    args = arguments("--z_dim", "4", "--width", "8")
+    net, other = sbm_vae.MLP(3, args), sbm_vae.MLP(3, args)
+    order, weights = torch.tensor([2, 0, 1]), {k: v.clone() for k, v in net.state_dict().items()}
+    for key in weights:
+        if not key.startswith("trunk"):
+            weights[key] = weights[key][order]
+    columns = rearrange(weights["trunk.0.weight"], "o (m f) -> o m f", m=3)
+    weights["trunk.0.weight"] = columns[:, order].flatten(1)
+    other.load_state_dict(weights)
+    z, t = torch.randn(5, 3, 4), torch.rand(5, 3)
+    torch.testing.assert_close(other(z[:, order], t[:, order]), net(z, t)[:, order])
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_attention_is_that_of_its_formula(linear):
+    net, x = sbm_vae.Attention(6, linear), torch.randn(2, 6, 4, 4)
+    q, k, v = net.qkv(net.norm(x)).reshape(2, 3, 4, 32, 16).transpose(-1, -2).unbind(1)
+    if linear:                                                              # [b heads places c]
+        context = torch.einsum("bhnc,bhnd->bhcd", k.softmax(2), v)
+        h = torch.einsum("bhcd,bhnc->bhnd", context, q.softmax(3) * 32**-0.5)
+    else:
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    expected = x + net.out(h.transpose(-1, -2).reshape(2, 128, 4, 4))
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_pair_energy_sees_time_and_both_indices_and_its_input_again_in_layer_five():
+    torch.manual_seed(0)
+    args = arguments("--z_dim", "3", "--time_scale", "1")
+    net, (z_i, z_j), t = sbm_vae.PairEnergy(args), torch.randn(2, 7, 3), torch.rand(7)
+    i, j = torch.randint(0, 4, (2, 7))
+    x = h = torch.cat([z_i, z_j], 1)
+    more = torch.cat([net.time(sbm_vae.embed(t, 6)), net.index[0](sbm_vae.embed(i + 1, 3)),
+                      net.index[1](sbm_vae.embed(j + 1, 3))], 1)
+    for number, layer in enumerate(net.layers, 1):
+        h = layer(torch.cat([h + x if number == 5 else h, more], 1)).exp().add(1).log()
+    torch.testing.assert_close(net(z_i, z_j, i, j, t), h @ net.out.weight[0] + net.out.bias)
+    assert [layer.out_features for layer in net.layers] == [6] * 5 + [12]
 
 
 @pytest.mark.parametrize("shape, z_dim, n_features, millions", [
