@@ -18,11 +18,13 @@ CROSS = [("given 1", "coherence_cross_1"), ("given 2", "coherence_cross_2")]
 TABLES = {       # name: (folder below results, [(column, metric)])
     "jnf": ("jnf", [("joint", "coherence_joint"), ("mnist → svhn", "coherence_mnist_to_svhn"),
                     ("svhn → mnist", "coherence_svhn_to_mnist"), *CROSS, ("R-hat", "r_hat"),
-                    ("ESS a step", "ess_per_step"), ("accept", "accept_rate")]),
+                    ("its 95 %", "r_hat_95"), ("ESS a step", "ess_per_step"),
+                    ("accept", "accept_rate")]),
     "sbm_vae": ("sbm_vae", [("joint", "coherence_joint"),
                             ("independent latents", "coherence_joint_independent"), *CROSS,
-                            ("given 3", "coherence_cross_3"),
-                            ("given 4", "coherence_cross_4")]),
+                            ("given 3", "coherence_cross_3"), ("given 4", "coherence_cross_4"),
+                            ("precision", "precision"), ("recall", "recall"),
+                            ("recall, independent", "recall_independent")]),
     "latent_ebm_prior": ("latent_ebm_prior", [
         ("joint, EBM prior", "coherence_joint"), ("joint, base prior", "coherence_joint_base"),
         ("given 1", "coherence_cross_1"), ("given 1, base", "coherence_cross_1_base"),
@@ -47,7 +49,8 @@ def cell(results: list[dict], metric: str) -> str:
 def command(result: dict) -> str:
     """The command of a result, less what changes no number (folders, --resume), and its commit."""
     shown = "`" + re.sub(r" --(out_dir|judges) \S+| --resume", "", result["command"]) + "`"
-    return shown + (f" at {result['commit'][:7]}" if "commit" in result else "")
+    commit = result.get("commit") or ""
+    return shown + f" at {commit[:7]}{'-dirty' * commit.endswith('-dirty')}" * bool(commit)
 
 
 def table(folder: str, columns: list[tuple[str, str]]) -> str:
@@ -133,7 +136,7 @@ def comparison_single() -> str:
     """joint_layer_ebm on single modalities: the judge's Fréchet distance after the trained number
     of prior steps and after none, and that of real training against real test images."""
     columns = [("Fréchet (judge)", "frechet_clf"),
-               ("hierarchical VAE, no energy", "frechet_clf_k0"), ("real", "frechet_clf_floor")]
+               ("without Langevin steps", "frechet_clf_k0"), ("real", "frechet_clf_floor")]
     head = ["data set", "row", *(name for name, _ in columns), "seeds", "minutes"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for dataset, variant in SINGLE.items():
@@ -217,7 +220,6 @@ INFERENCE = [      # data, variants (data set/row) without and with posterior ch
     ("synthetic pairs, D10", "synth_mnist_svhn", "whiten", "mcmc-whiten"),
     ("the same, w of r_m", "synth_mnist_svhn", "whiten-aux", "mcmc-whiten-aux"),
     ("synthetic pairs, f on all latents", "synth_mnist_svhn", None, "mcmc-u"),
-    ("f on all latents, w of r_m", "synth_mnist_svhn", None, "mcmc-u-aux"),
     ("real pairs, no w", "mnist_svhn", "shared-k3-8-epochs", "shared-k3-mcmc"),
     ("PolyMNIST", "polymnist", "cross-warmup-wide", "cross-warmup-mcmc"),
     ("PolyMNIST, w of r_m", "polymnist", "cross-warmup-long-f-aux", "cross-warmup-mcmc-aux")]

@@ -223,6 +223,18 @@ def test_product_of_exact_experts_is_the_joint_posterior():
     assert torch.allclose(mu, posterior("a")[0]) and torch.allclose(log_var, posterior("a")[1])
 
 
+@pytest.mark.parametrize("m", [2, 3])
+def test_wide_experts_that_agree_do_not_send_the_product_beyond_them(m):
+    """The pull of an expert is mu / var. Experts that learn from draws of their product get wider
+    the further it is from them; clamped to the prior's width they would pull it further still."""
+    for var_m, gain in ((1.0, m), (m, 1), (4 * m, 0.25)):   # at the prior's width: Bayes' rule
+        experts = [(torch.full((1, 1), 5.0), torch.full((1, 1), math.log(var_m)))] * m
+        mu, log_var = er.product(experts, 1)
+        assert mu.item() == pytest.approx(5 * gain) and log_var.item() == pytest.approx(0, abs=1e-5)
+        mu, log_var = er.product(experts, 1, faded=False)
+        assert mu.item() == pytest.approx(5 * m) and log_var.item() == pytest.approx(0, abs=1e-5)
+
+
 def test_product_under_another_prior_leaves_private_latents_alone():
     var, noise, x = 2.0, 0.6**2, torch.tensor([[0.8], [1.7]])   # z ~ N(0, 2), x_m ~ N(z, 0.36)
     q = 1 / (1 / var + 1 / noise)                           # of one observation

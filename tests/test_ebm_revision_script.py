@@ -67,7 +67,7 @@ def test_a_run_leaves_all_files_and_eval_only_repeats_it(paired):
                  "cross.png", "curves.png", "diagnostics.png", "result.json"):
         assert (run_dir / name).stat().st_size > 0, name
     assert {row["stage"] for row in lines(run_dir)} == {"warmup", "full", "mixed"}
-    assert {"displacement_a", "energy_initial", "f_matched_minus_mixed",
+    assert {"displacement_a", "energy_initial", "f_prefers_matched",
             "energy_revised", "ess_per_step",
             "recon_nats_q", "recon_nats_revised"} <= set(metrics)
     again = ebm_revision.main(flags(paired, "--eval_only"))
