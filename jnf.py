@@ -26,7 +26,7 @@ Usage
   python jnf.py --shared contrastive                     JNF-Shared;  results: results/README.md
 
 Deviations from the authors' public code
-  D1 the prior's exponent is |S|-1 (theirs: 1; --prior_exponent official)
+  D1 the prior's exponent is |S|-1 (their main branch: 1; --prior_exponent official)
   D2 chains start at a draw from one expert, through the inverse flow (theirs skip the inverse)
   D3 HMC tunes a step size a chain, is preconditioned, and stays where the prior has its mass: the
      product of learned experts need not be integrable (--sampler official: theirs)

@@ -82,7 +82,7 @@ jnf polymnist 8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_
 jnf polymnist gaussian-8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --flow_blocks 0
 jnf polymnist contrastive-8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --shared contrastive
 jnf polymnist 8000-steps-official-exponent 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 500 --eval_only --checkpoint runs/results/8000-steps/jnf/polymnist/0/checkpoint.pt --prior_exponent official
-ebm_revision polymnist small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 3 --epochs 4 --z_init random --x_steps 10 --x_steps_test 10 --x_step_size 1.4 --z_steps 20 --lr_ebm 5e-4 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 1000
+ebm_revision polymnist small 0 --product clamped --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 3 --epochs 4 --z_init random --x_steps 10 --x_steps_test 10 --x_step_size 1.4 --z_steps 20 --lr_ebm 5e-4 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 1000
 latent_ebm_prior polymnist cross-warmup 0 --net patch --width 32 --z_dim 16 --w_dim 32 --decoder_dist normal --decoder_scale 0.15 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
 latent_ebm_prior polymnist cross-warmup-wide 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
 latent_ebm_prior polymnist cross-warmup-long-f 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15 --n_eval 5000
@@ -98,8 +98,8 @@ latent_ebm_prior mnist_svhn long-f 2 --width 32 --amp --batch_size 64 --decay --
 latent_ebm_prior mnist_svhn long-f-whiten 0 --width 32 --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 6 --lr_ebm 1e-3 --ebm_act lrelu --max_gap 15 --whiten --smooth 0.2 --prior_step_size 0.2
 latent_ebm_prior mnist_svhn shared-k3-mcmc 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --inference mcmc --post_steps 5
 latent_ebm_prior mnist_svhn shared-k3-sigmoid 0 --width 32 --amp --batch_size 64 --decay --lr 1.5e-3 --objective dreg --k 3 --epochs_vae 8 --ebm_warmup 8 --epochs_ebm 2 --lr_ebm 1e-3 --sigmoid
-ebm_revision mnist_svhn small 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
-ebm_revision mnist_svhn small-10-steps 0 --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 10 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000 --eval_only --checkpoint runs/results/small/ebm_revision/mnist_svhn/0/checkpoint.pt
+ebm_revision mnist_svhn small 0 --product clamped --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 60 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000
+ebm_revision mnist_svhn small-10-steps 0 --product clamped --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 8 --epochs 12 --x_steps 10 --x_step_size 1.4 --z_steps 5 --lr_ebm 5e-4 --mixed 1 --lr_mixed 1e-3 --x_steps_test 10 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 5000 --eval_only --checkpoint runs/results/small/ebm_revision/mnist_svhn/0/checkpoint.pt
 ebm_revision synth_mnist_svhn mixture-start 0 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn mixture-start 1 --z_init random --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn mixture-start-20-steps 0 --z_init random --z_steps 20 --z_step_size 0.2 --z_noise 0.2 --mixed 0 --epochs 20 --x_steps_test 30
@@ -162,6 +162,12 @@ joint_layer_ebm synth_svhn default 1
 joint_layer_ebm synth_svhn default 2
 ebm_revision synth_mnist_svhn plain 3 --mixed 0 --epochs 20 --x_steps_test 30
 ebm_revision synth_mnist_svhn plain 4 --mixed 0 --epochs 20 --x_steps_test 30
+sbm_vae synth_polymnist three-modalities 1 --n_modalities 3
+sbm_vae synth_polymnist three-modalities 2 --n_modalities 3
+ebm_revision synth_polymnist three-modalities 1
+ebm_revision synth_polymnist three-modalities 2
+jnf synth_polymnist three-modalities 1
+jnf synth_polymnist three-modalities 2
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {3..19}; do echo "joint_layer_ebm synth_svhn default $seed"; done
@@ -237,7 +243,8 @@ for seed in 0 1 2 3 4; do                                  # every variant: hour
     elif [ "$(date +%s)" -lt "$end" ]; then
         echo "run:  $name"
         timeout --foreground --kill-after=60 "$((end - $(date +%s)))" python results/ablation.py \
-            --seed "$seed" --mixed 0 --epochs 20 --x_steps_test 30 --device "$device" < /dev/null
+            --product faded --seed "$seed" --mixed 0 --epochs 20 --x_steps_test 30 \
+            --device "$device" < /dev/null
     fi
     if [ ! -e "$table" ]; then
         echo "left: $name"; left=$((left + 1))
