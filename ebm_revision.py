@@ -716,7 +716,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise common.RunError(error) from None
         run.start(model)
         for net in [*model.decoders.values(), *model.encoders.values()] if args.compile else []:
-            net.compile()
+            net.compile()                                                   # f gained nothing (CPU)
         if args.eval_only:
             model.load_state_dict(run.load(args.checkpoint, INFERENCE_FLAGS, 1)["model"])
         else:

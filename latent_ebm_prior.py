@@ -493,7 +493,7 @@ def langevin(log_prob, z: Tensor, n_steps: int, step_size: float | Tensor, gradi
     return z
 
 
-def start_prior(n: int, model: MMVAEPlus, args, device) -> Tensor:
+def start_prior(model: MMVAEPlus, n: int, args, device) -> Tensor:
     """Draws of p0(z / unit), or with --ebm_on u of that times prod p(w_m): [n d]."""
     draw = sample_laplace(torch.zeros(n, model.ebm.layers[0].in_features, device=device), 1.0)
     if args.base == "gaussian":
@@ -524,7 +524,7 @@ def sample_prior(model: MMVAEPlus, n: int, args, device, n_steps: int | None = N
                  trace: list | None = None) -> Tensor:
     """Step 2: n short-run chains from p0, detached [n d]; n_steps 0: draws of p0 itself."""
     n_steps = args.prior_steps if n_steps is None else n_steps
-    u = start_prior(n, model, args, device)
+    u = start_prior(model, n, args, device)
     if not args.compile or trace is not None:
         return prior_chain(model, u, n_steps, args, trace)
     for done in range(0, n_steps, 10):      # ten steps a graph: more compile for long
@@ -563,7 +563,7 @@ def start_posterior(model: MMVAEPlus, x: dict[str, Tensor], args, init: str = "m
     observed = [m for m in model.modalities if m in x]
     b, device = len(x[observed[0]]), x[observed[0]].device
     if init == "noise":                                                    # no encoder is asked
-        z = start_prior(b, model, args, device)[:, :model.z_dim]
+        z = start_prior(model, b, args, device)[:, :model.z_dim]
         return torch.cat([z, *draw_w(model, b, "prior")], 1)
     mu_z, scale_z, mu_w, scale_w = model.encode(x)
     pick = torch.randint(len(observed), (b,), device=device), torch.arange(b, device=device)

@@ -174,7 +174,7 @@ def latent_rows(args, device: str, steps: int) -> dict:
     def two_gradients():
         for i in range(5 * 60):
             if i % 60 == 0:
-                z = latent_ebm_prior.start_prior(128, model, args, device)
+                z = latent_ebm_prior.start_prior(model, 128, args, device)
             z = z.detach().requires_grad_(True)
             (f,) = torch.autograd.grad(model.ebm(z).sum(), z)
             (p,) = torch.autograd.grad(latent_ebm_prior.log_base(z, args).sum(), z)

@@ -171,7 +171,7 @@ def test_closed_form_gradient_is_autograds(bound, act):
 def test_prior_gradient_is_that_of_the_prior(flags):
     model, _, args = build(*flags, "--base_scale", "1.3")
     model.ebm.unit[:3] = torch.tensor([0.5, 1.0, 3.0])                     # --whiten
-    u = lep.start_prior(6, model, args, "cpu").double().requires_grad_(True)
+    u = lep.start_prior(model, 6, args, "cpu").double().requires_grad_(True)
     z, w = u[:, :3], u[:, 3:]
     log_p = lep.log_prior(model, z, w.split(2, 1), args, True) + lep.log_laplace(w, 0.0, 1.0)
     (grad,) = torch.autograd.grad(log_p.sum(), u)
