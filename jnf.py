@@ -257,8 +257,9 @@ class JNF(nn.Module):
         self.shapes, self.modalities, self.shared = shapes, list(shapes), args.shared
         self.joint_heads, self.decoders = nn.ModuleDict(), nn.ModuleDict()
         self.projectors, self.posteriors = nn.ModuleDict(), nn.ModuleDict()
-        hidden = [layer for _ in range(args.shared_layers - 1)
-                  for layer in (nn.Linear(512, 512), nn.SiLU())]
+        n_hidden = args.shared_layers - 1
+        hidden = [nn.Linear(512, 512) for _ in range(max(n_hidden, 1))]    # drawn, also if unused
+        hidden = [layer for linear in hidden[:n_hidden] for layer in (linear, nn.SiLU())]
         shared_mlp = nn.Sequential(nn.Linear(args.common_dim, 512), nn.SiLU(), *hidden,
                                    nn.Linear(512, args.shared_dim))        # one for all modalities
         for m, shape in shapes.items():

@@ -382,7 +382,7 @@ def test_sample_posterior_given_one_or_all_modalities():
 
 @pytest.mark.parametrize("sampler", ["adaptive", "official"])
 def test_chains_start_through_the_inverse_flow_but_for_the_official_sampler(sampler, monkeypatch):
-    model, args, mu, var = fixed_posteriors(2, "--sampler", sampler)
+    model, args, mu, var = fixed_posteriors(2, "--sampler", sampler, "--bound", "0")
     monkeypatch.setattr(jnf, "hmc", lambda log_p, start, *_, **__: (start, 1.0))
     torch.manual_seed(0)
     start = jnf.sample_posterior(model, given(2), args, product=True)
