@@ -67,6 +67,7 @@ sbm_vae polymnist10 4-modalities-paper 0 --n_modalities 4 --preset paper --score
 sbm_vae celebamask_hq small 0 --ae_net patch --z_dim 64 --batch_ae 25 --lr_ae 1e-3 --epochs_ae 300 --batch_size 128 --lr_score 1e-3 --epochs_score 3000 --width 192
 sbm_vae synth_polymnist three-modalities 0 --n_modalities 3
 ebm_revision synth_polymnist three-modalities 0
+ebm_revision synth_polymnist three-modalities-clamped 0 --product clamped
 sbm_vae mnist_svhn default 0
 latent_ebm_prior synth_polymnist whiten 0 --whiten --smooth 0.2 --prior_step_size 0.2
 latent_ebm_prior synth_polymnist whiten 1 --whiten --smooth 0.2 --prior_step_size 0.2
