@@ -460,10 +460,14 @@ def sample_gmm(gmm, n: int, generator: torch.Generator | None = None) -> Tensor:
 
 
 # ---- Pictures, of rank 0 -------------------------------------------------------------------------
+def _other_rank() -> bool:
+    return dist.is_initialized() and dist.get_rank() > 0
+
+
 def _save_rows(path, rows: list[list[tuple]], reach: float = 1.0) -> None:
     """PNG of rows of (title, content), all to one scale; content: an image [3 h w], a density [y x]
     on [-reach, reach]^2, or draw(axes)."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if _other_rank():
         return
     sizes = [[(220, 330) if callable(c) else c.shape[-2:] for _, c in row] for row in rows]
     heights = [30 + max(h for h, _ in row) for row in sizes]    # 30: the title
@@ -516,7 +520,7 @@ def draw_samples(folder, sample, generate, given: dict[str, Tensor], k: int = 4)
 
 def save_captions(path, tokens: Tensor, words: tuple[str, ...]) -> None:
     """A line of words for each row of tokens [n l]."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if _other_rank():
         return
     lines = (" ".join(words[i] for i in row) + "\n" for row in tokens.tolist())
     Path(path).write_text("".join(lines))

@@ -110,12 +110,16 @@ class Dataset:
             batch[m] = x / 255 if self.kinds[m] == "image" else x
         return batch
 
-    def head(self, n: int) -> "Dataset":
-        """The first n tuples; pools that have rows stay whole."""
-        y = None if self.y is None else self.y[:n]
+    def select(self, index: Tensor | slice) -> "Dataset":
+        """The tuples index (numbers, a mask or a slice); pools that have rows stay whole."""
+        y = None if self.y is None else self.y[index]
         if self.rows is None:
-            return replace(self, x={m: x[:n] for m, x in self.x.items()}, y=y)
-        return replace(self, y=y, rows={m: row[:n] for m, row in self.rows.items()})
+            return replace(self, x={m: x[index] for m, x in self.x.items()}, y=y)
+        return replace(self, y=y, rows={m: row[index] for m, row in self.rows.items()})
+
+    def head(self, n: int) -> "Dataset":
+        """The first n tuples."""
+        return self.select(slice(n))
 
     def modality(self, m: str) -> tuple[Tensor, Tensor | None]:
         """Every image of m once, with its labels: what a classifier of m trains on."""
@@ -221,18 +225,14 @@ def _split(dataset: Dataset, n: int | None) -> Dataset:
     in_val = place >= (count - n_val)[y[order]]
     rows = order[in_val == (dataset.split == "val")].sort().values
     _require(len(rows) > 0, f"{len(y)} tuples are too few for a split {dataset.split}")
-    return replace(dataset, x={m: x[rows] for m, x in dataset.x.items()},
-                   y=None if dataset.y is None else y[rows])
+    return dataset.select(rows)
 
 
 def _shuffled(dataset: Dataset) -> Dataset:
     """The same tuples in a fixed random order: files are sorted by class as often as not, and
     evaluations look at the first n."""
-    order = torch.randperm(len(dataset), generator=_generator(dataset.name, dataset.split))
-    if dataset.rows is not None:
-        return replace(dataset, rows={m: row[order] for m, row in dataset.rows.items()})
-    return replace(dataset, x={m: x[order] for m, x in dataset.x.items()},
-                   y=None if dataset.y is None else dataset.y[order])
+    generator = _generator(dataset.name, dataset.split)
+    return dataset.select(torch.randperm(len(dataset), generator=generator))
 
 
 def _draw(y: Tensor, pool_y: Tensor, generator: torch.Generator) -> Tensor:

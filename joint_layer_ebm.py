@@ -38,7 +38,6 @@ Deviations from the authors' public code
 """
 import argparse
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -649,11 +648,6 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-def subset(dataset: data.Dataset, keep: Tensor) -> data.Dataset:
-    """The items where keep [n] is true."""
-    return replace(dataset, x={m: x[keep] for m, x in dataset.x.items()}, y=dataset.y[keep])
-
-
 def scores(model: JointEBM, dataset: data.Dataset, args, device, k: int = 0,
            n_samples: int = 1) -> Tensor:
     """L>k, [n 2]: mean of log p(x, z) + const over n_samples of z_>k ~ posterior and z_<=k from p0
@@ -772,7 +766,7 @@ def evaluate(model: JointEBM, everything: data.Dataset, train_set: data.Dataset,
         for end, found in {"": auprc[-1], "_mean": auprc.mean(0),
                            "_sd": auprc.std(0, correction=0)}.items():
             metrics |= {name + end: v for name, v in zip(AUPRC, found.tolist())}
-        test = subset(test, test.y != args.held_out)
+        test = test.select(test.y != args.held_out)
     inception = common.load_inception(args.data_dir, run.device)
     real = common.reference(test, train_set, judges, inception, args.n_eval)
     metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
@@ -802,8 +796,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if args.held_out >= 0:
             if train_set.y is None or not (test.y == args.held_out).any():
                 raise common.RunError(f"--held_out: no label {args.held_out} in {args.dataset}")
-            train_set = subset(everything, everything.y != args.held_out)
-            tests.append(subset(everything, everything.y == args.held_out))
+            train_set = everything.select(everything.y != args.held_out)
+            tests.append(everything.select(everything.y == args.held_out))
         shape = train_set.shapes[train_set.modalities[0]]
         out = data.load(args.ood, "test", args.data_dir).to(run.device) if args.ood else None
         if out and out.shapes[out.modalities[0]] != shape:

@@ -154,11 +154,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--cross_warmup: give as many --ebm_warmup")
     if args.inference != "mcmc" and any(vars(args)[f] != p.get_default(f) for f in ("rho", "phi")):
         p.error("--rho and --phi are for --inference mcmc")
-    if (args.whiten or args.smooth) and args.prior != "ebm":
-        p.error("--whiten and --smooth are for --prior ebm")
-    if (args.whiten or args.smooth) and args.ebm_warmup < args.epochs_vae:
-        p.error("--whiten and --smooth are for f alone: give as many --ebm_warmup as --epochs_vae")
-    if args.prior == "ebm" and not args.epochs_ebm and args.ebm_warmup >= args.epochs_vae > 0:
+    alone = args.prior == "ebm" and args.ebm_warmup >= args.epochs_vae
+    if (args.whiten or args.smooth) and not alone:
+        p.error("--whiten and --smooth are for f alone: give --prior ebm and as many --ebm_warmup "
+                "as --epochs_vae")
+    if alone and not args.epochs_ebm and args.epochs_vae:
         p.error("f would never train: give --epochs_ebm, or --ebm_warmup below --epochs_vae")
     return args
 

@@ -22,3 +22,17 @@ def _sealed(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def break_off(monkeypatch):
+    """break_off(script): its training ends with an OSError in the fourth step."""
+    def patch(script):
+        step, count = script.train_step, iter(range(4))
+
+        def breaks_off(*args):
+            if next(count) == 3:
+                raise OSError
+            return step(*args)
+        monkeypatch.setattr(script, "train_step", breaks_off)
+    return patch

@@ -67,9 +67,8 @@ def test_a_run_leaves_all_files_and_eval_only_repeats_it(paired):
                  "cross.png", "curves.png", "diagnostics.png", "result.json"):
         assert (run_dir / name).stat().st_size > 0, name
     assert {row["stage"] for row in lines(run_dir)} == {"warmup", "full", "mixed"}
-    assert {"displacement_a", "energy_initial", "f_prefers_matched",
-            "energy_revised", "ess_per_step",
-            "recon_nats_q", "recon_nats_revised"} <= set(metrics)
+    assert {"displacement_a", "energy_initial", "energy_revised", "f_prefers_matched",
+            "ess_per_step", "recon_nats_q", "recon_nats_revised"} <= set(metrics)
     again = ebm_revision.main(flags(paired, "--eval_only"))
     assert again == pytest.approx(metrics, nan_ok=True)
 
@@ -199,14 +198,8 @@ def test_bad_flags_are_refused_before_any_work(arguments, words, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_unfinished_training_is_not_evaluated(paired, monkeypatch):
-    step, count = ebm_revision.train_step, iter(range(4))
-
-    def breaks_off(*args):
-        if next(count) == 3:
-            raise OSError
-        return step(*args)
-    monkeypatch.setattr(ebm_revision, "train_step", breaks_off)
+def test_unfinished_training_is_not_evaluated(paired, break_off):
+    break_off(ebm_revision)
     with pytest.raises(OSError):
         ebm_revision.main(flags(paired, "--ckpt_minutes", "0"))
     with pytest.raises(common.RunError, match="not finished"):

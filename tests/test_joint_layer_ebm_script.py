@@ -135,14 +135,8 @@ def test_ood_scores_for_every_k_and_a_data_set_is_not_ood_of_itself(folder):
     assert itself["ood_auroc_l0"] == pytest.approx(0.5, abs=0.15)
 
 
-def test_unfinished_training_is_not_evaluated(folder, monkeypatch):
-    step, count = jl.train_step, iter(range(4))
-
-    def breaks_off(*args):
-        if next(count) == 3:
-            raise OSError
-        return step(*args)
-    monkeypatch.setattr(jl, "train_step", breaks_off)
+def test_unfinished_training_is_not_evaluated(folder, break_off):
+    break_off(jl)
     with pytest.raises(OSError):
         jl.main(flags(folder, "--ckpt_minutes", "0"))
     with pytest.raises(common.RunError, match="not finished"):
