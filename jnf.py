@@ -257,24 +257,24 @@ class JNF(nn.Module):
         self.shapes, self.modalities, self.shared = shapes, list(shapes), args.shared
         self.joint_heads, self.decoders = nn.ModuleDict(), nn.ModuleDict()
         self.projectors, self.posteriors = nn.ModuleDict(), nn.ModuleDict()
-        n_hidden = args.shared_layers - 1
-        hidden = [nn.Linear(512, 512) for _ in range(max(n_hidden, 1))]    # drawn, also if unused
-        hidden = [layer for linear in hidden[:n_hidden] for layer in (linear, nn.SiLU())]
-        shared_mlp = nn.Sequential(nn.Linear(args.common_dim, 512), nn.SiLU(), *hidden,
-                                   nn.Linear(512, args.shared_dim))        # one for all modalities
-        for m, shape in shapes.items():
+        for m, shape in shapes.items():           # first, so that no flag of S or U changes stage J
             body, f, self.decoders[m] = autoencoder(shape, args.net, args.z_dim)
             self.joint_heads[m] = nn.Sequential(body, nn.Linear(f, args.z_dim))
+        self.joint_trunk = nn.Sequential(mlp(len(shapes) * args.z_dim, 512, 512),
+                                         GaussianHead(512, args.z_dim, args.std))
+        sizes = [args.common_dim] + args.shared_layers * [512]
+        hidden = [m for ab in zip(sizes, sizes[1:]) for m in (nn.Linear(*ab), nn.SiLU())]
+        shared_mlp = nn.Sequential(*hidden, nn.Linear(512, args.shared_dim))    # of all modalities
+        for m, shape in shapes.items():
             net = args.net if args.shared == "none" else args.net.replace("resnet", "conv")
             body, f, _ = autoencoder(shape, net, args.z_dim)
             if args.shared != "none":
                 self.projectors[m] = nn.Sequential(body, nn.Linear(f, args.common_dim), shared_mlp)
                 body, f = mlp(args.shared_dim, 512, 512), 512
-            self.posteriors[m] = nn.ModuleDict({
-                "encoder": nn.Sequential(body, GaussianHead(f, args.z_dim, args.std)),
-                "flow": MAF(args.z_dim, args.flow_blocks, hidden=args.flow_hidden)})
-        self.joint_trunk = nn.Sequential(mlp(len(shapes) * args.z_dim, 512, 512),
-                                         GaussianHead(512, args.z_dim, args.std))
+            encoder = nn.Sequential(body, GaussianHead(f, args.z_dim, args.std))
+            self.posteriors[m] = nn.ModuleDict({"encoder": encoder})
+        for q in self.posteriors.values():
+            q["flow"] = MAF(args.z_dim, args.flow_blocks, hidden=args.flow_hidden)
 
     def joint_encoder(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(mu, log_var) [b d] of q(z|X); heads may come cached as x['head_<modality>']."""
@@ -563,6 +563,9 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     ranks = (0, 1) if name == "shared" else (run.rank, run.world)          # its loss needs all rows
     per_epoch = max(len(train_set) // batch, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
+    seed = args.seed * 10**6 + index * 10**5
+    if state is None:                          # a stage's noise does not depend on those before it
+        torch.manual_seed(seed + 10**9 * (run.rank + 1))
     step, best = 0, {"loss": math.inf, "model": model.state_dict()}
     if state is not None:
         opt.load_state_dict(state["opt"])
@@ -571,7 +574,7 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     loss_fn = torch.compile(loss_fn) if args.compile else loss_fn
     while step < total:
         epoch = step // per_epoch
-        order = torch.Generator().manual_seed(args.seed * 10**6 + index * 10**5 + epoch)
+        order = torch.Generator().manual_seed(seed + epoch)
         for x in islice(data.batches(train_set, batch, order, run.device, step % per_epoch, *ranks,
                                      names), total - step):
             if step < args.lr_warmup:
@@ -601,12 +604,12 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
 def train(model: JNF, train_set: data.Dataset, val_set: data.Dataset, args, run) -> None:
     """Stages S (JNF-Shared), J, U in turn; --resume goes on where the checkpoint stands."""
     joint = nn.ModuleList([model.joint_heads, model.joint_trunk, model.decoders])
-    stages = [("joint", joint_loss, args.epochs_joint, joint),
+    stages = [("shared", shared_loss, args.epochs_shared, model.projectors),
+              ("joint", joint_loss, args.epochs_joint, joint),
               ("flow", flow_loss, args.epochs_flow, model.posteriors)]
-    if args.shared != "none":
-        stages.insert(0, ("shared", shared_loss, args.epochs_shared, model.projectors))
-    state = run.load(args.checkpoint, free=INFERENCE_FLAGS) if args.resume else {"stage": 0}
+    state = {"stage": int(args.shared == "none")}                          # 1: stage J is the first
     if args.resume:
+        state = run.load(args.checkpoint, free=INFERENCE_FLAGS)
         model.load_state_dict(state["model"])
     for i in range(state["stage"], len(stages)):
         resumed = state if i == state["stage"] and "opt" in state else None
@@ -708,8 +711,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise common.RunError(error) from None
         run.start(model)
         if args.eval_only:
-            model.load_state_dict(run.load(args.checkpoint, INFERENCE_FLAGS,
-                                           2 + (args.shared != "none"))["model"])
+            model.load_state_dict(run.load(args.checkpoint, INFERENCE_FLAGS, 3)["model"])
         else:
             train(model, sets["train"], sets["val"], args, run)
         test = sets["test"].head(args.n_eval)

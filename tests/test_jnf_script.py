@@ -113,6 +113,18 @@ def test_stage_u_leaves_joint_part_and_projectors_unchanged(paired):
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("posteriors"))
 
 
+@pytest.mark.parametrize("other", [["--flow_blocks", "0"], ["--warm_start"],
+                                   ["--shared", "contrastive", "--shared_layers", "2"]])
+def test_variants_share_the_joint_vae_to_the_bit(paired, other):
+    models = []
+    for more in ([], other):
+        jnf.main(flags(paired, "--overwrite", *more))
+        checkpoint = torch.load(paired / "runs/jnf/paired/0/checkpoint.pt", weights_only=True)
+        models.append(checkpoint["state"]["model"])
+    joint = [name for name in models[0] if name.startswith(("joint", "decoders"))]
+    assert joint and all(torch.equal(models[0][name], models[1][name]) for name in joint)
+
+
 def test_learning_rate_rises_over_the_first_steps_of_each_stage(paired, monkeypatch):
     rates, step = [], jnf.train_step
 
@@ -294,7 +306,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(paired):
             "import common, jnf; common.cli(jnf.main)")
     arguments = [*flags(paired, "--epochs_flow", "0", "--resume")]
     state = torch.load(checkpoint, weights_only=True)
-    state["state"] = dict(state["state"], stage=0)                  # as if training had to go on
+    state["state"] = dict(state["state"], stage=1)                  # as if training had to go on
     torch.save(state, checkpoint)
     good = checkpoint.read_bytes()
     assert len(good) > 99999
