@@ -15,10 +15,11 @@ from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 CROSS = [("given 1", "coherence_cross_1"), ("given 2", "coherence_cross_2")]
+CHAINS = [("R-hat", "r_hat"), ("its 95 %", "r_hat_95"),
+          ("autocorrelation time", "autocorrelation_time")]
 TABLES = {       # name: (folder below results, [(column, metric)])
     "jnf": ("jnf", [("joint", "coherence_joint"), ("mnist → svhn", "coherence_mnist_to_svhn"),
-                    ("svhn → mnist", "coherence_svhn_to_mnist"), *CROSS, ("R-hat", "r_hat"),
-                    ("its 95 %", "r_hat_95"), ("ESS a step", "ess_per_step"),
+                    ("svhn → mnist", "coherence_svhn_to_mnist"), *CROSS, *CHAINS[:2], ("ESS a step", "ess_per_step"),
                     ("accept", "accept_rate")]),
     "sbm_vae": ("sbm_vae", [("joint", "coherence_joint"),
                             ("independent latents", "coherence_joint_independent"), *CROSS,
@@ -26,24 +27,45 @@ TABLES = {       # name: (folder below results, [(column, metric)])
                             ("precision", "precision"), ("recall", "recall"),
                             ("recall, independent", "recall_independent")]),
     "latent_ebm_prior": ("latent_ebm_prior", [
-        ("joint, EBM prior", "coherence_joint"), ("joint, base prior", "coherence_joint_base"),
-        ("given 1", "coherence_cross_1"), ("given 1, base", "coherence_cross_1_base"),
-        ("given 2", "coherence_cross_2")]),
+        ("joint, EBM prior", "coherence_joint"), ("base prior", "coherence_joint_base"),
+        *((f"Gaussians: {k}", f"coherence_joint_gmm{k}") for k in (1, 10, 100)),
+        ("latents resampled", "coherence_joint_resampled"), *CROSS, *CHAINS]),
     "joint_layer_ebm": ("joint_layer_ebm", [
-        ("Fréchet (judge), EBM", "frechet_clf"), ("without EBM", "frechet_clf_k0")]),
+        ("Fréchet (judge), EBM", "frechet_clf"), ("without EBM", "frechet_clf_k0"), *CHAINS,
+        ("energy after K steps", "energy_k"), ("at the end", "energy_end")]),
     "ebm_revision": ("ebm_revision", [
         ("joint, revised", "coherence_joint"), ("initial", "coherence_joint_initial"),
         ("from noise", "coherence_joint_noise"), ("given 1, revised", "coherence_cross_1"),
-        ("initial", "coherence_cross_1_initial")]),
+        ("initial", "coherence_cross_1_initial"), ("Fréchet (judge), revised", "distance"),
+        ("initial", "distance_initial"), ("matched preferred", "f_prefers_matched"), *CHAINS[:2]]),
 }
 
 
+def distance(metrics: dict, suffix: str = "") -> float | None:
+    """The judges' Fréchet distance of joint samples, mean over modalities."""
+    names = [k.removeprefix("judge_accuracy_") for k in metrics if k.startswith("judge_accuracy_")]
+    values = [metrics.get(f"frechet_clf_{m}{suffix}") for m in names]
+    return statistics.mean(values) if values and None not in values else None
+
+
+def read(path: Path) -> dict:
+    """A result.json, with the mean distances and the seconds among its metrics."""
+    result = json.loads(path.read_text())
+    more = {f"distance{end}": distance(result["metrics"], end)
+            for end in ("", "_base", "_initial", "_independent")}
+    result["metrics"] |= more | {"seconds": result.get("seconds_per_1000")}
+    return result
+
+
 def cell(results: list[dict], metric: str) -> str:
+    """Mean ± standard deviation; the number of values in brackets if some results have none."""
     values = [r["metrics"][metric] for r in results if r["metrics"].get(metric) is not None]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    mean = statistics.mean(values)
+    digits = 3 if abs(mean) < 1000 else 0
+    spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:,.{digits}f}{spread}" + f" ({len(values)})" * (len(values) < len(results))
 
 
 def command(result: dict) -> str:
@@ -60,7 +82,7 @@ def table(folder: str, columns: list[tuple[str, str]]) -> str:
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     variants: dict[tuple[str, str], list[dict]] = {}
     for path in sorted((ROOT / "results" / folder).glob("*/*/*/result.json")):
-        variants.setdefault(path.parts[-4:-2], []).append(json.loads(path.read_text()))
+        variants.setdefault(path.parts[-4:-2], []).append(read(path))
     for (dataset, variant), results in variants.items():
         minutes = statistics.mean(r["minutes"] for r in results)
         cells = [dataset, variant, *(cell(results, metric) for _, metric in columns),
@@ -96,14 +118,7 @@ METHODS = {
 
 def seeds(script: str, dataset: str, variant: str) -> list[dict]:
     paths = (ROOT / "results" / script / dataset / variant).glob("*/result.json")
-    return [json.loads(path.read_text()) for path in sorted(paths)]
-
-
-def distance(metrics: dict, suffix: str = "") -> float | None:
-    """The judges' Fréchet distance of joint samples, mean over modalities."""
-    names = [k.removeprefix("judge_accuracy_") for k in metrics if k.startswith("judge_accuracy_")]
-    values = [metrics.get(f"frechet_clf_{m}{suffix}") for m in names]
-    return statistics.mean(values) if values and None not in values else None
+    return [read(path) for path in sorted(paths)]
 
 
 def comparison(dataset: str, sizes: tuple[int, ...] = (1,)) -> str:
@@ -115,14 +130,12 @@ def comparison(dataset: str, sizes: tuple[int, ...] = (1,)) -> str:
     keys = ["joint", *(f"cross_{k}" for k in sizes)]
     for script, (name, suffix, variants) in METHODS.items():
         results, base = (seeds(script, dataset, v) for v in variants.get(dataset, ["not run"] * 2))
-        for r, end in [*((r, suffix) for r in base), *((r, "") for r in results)]:
-            r["metrics"]["mean"] = distance(r["metrics"], end)
-            r["metrics"]["seconds"] = r.get("seconds_per_1000")
         if results:
+            number = str(len(results)) + f", {len(base)}" * (0 < len(base) != len(results))
             cells = [script, *(cell(results, f"coherence_{k}") for k in keys),
-                     cell(results, "mean"), name,
+                     cell(results, "distance"), name,
                      *(cell(base, f"coherence_{k}{suffix}") if base else "not run" for k in keys),
-                     cell(base, "mean"), str(len(results)), str(results[0]["n"]),
+                     cell(base, f"distance{suffix}"), number, str(results[0]["n"]),
                      f"{statistics.mean(r['minutes'] for r in results):.0f}",
                      cell(results, "seconds")]
             rows.append("| " + " | ".join(cells) + " |")
@@ -136,7 +149,8 @@ def comparison_single() -> str:
     """joint_layer_ebm on single modalities: the judge's Fréchet distance after the trained number
     of prior steps and after none, and that of real training against real test images."""
     columns = [("Fréchet (judge)", "frechet_clf"),
-               ("without Langevin steps", "frechet_clf_k0"), ("real", "frechet_clf_floor")]
+               ("without Langevin steps", "frechet_clf_k0"), ("real", "frechet_clf_floor"),
+               *CHAINS[:2]]
     head = ["data set", "row", *(name for name, _ in columns), "seeds", "minutes"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for dataset, variant in SINGLE.items():
@@ -156,7 +170,7 @@ def draw_comparison(datasets: list[str], path: Path) -> None:
             for variant, end, fill in zip(variants[dataset], ("", suffix), ("full", "none")):
                 found = [r["metrics"] for r in seeds(script, dataset, variant)]
                 axes.plot([m[f"coherence_joint{end}"] for m in found],
-                          [distance(m, end) or math.nan for m in found], "o", color=f"C{i}",
+                          [m[f"distance{end}"] or math.nan for m in found], "o", color=f"C{i}",
                           fillstyle=fill, label=script if fill == "full" else None)
         axes.set(xlabel="joint coherence", ylabel="Fréchet distance (judge)", yscale="log",
                  title=dataset)
@@ -190,15 +204,15 @@ def draw_scaling(path: Path) -> None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval (Student's t; 0 for one value)."""
+    """Mean and half width of the 95 % interval (Student's t) of two values or more."""
     n = len(values)
-    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
+    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
     return statistics.mean(values), half
 
 
 def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
     """Means with 95 % intervals over the seeds in results/ebm_revision/<folder>/<seed>.json, each
-    {variant: {metric: value}}."""
+    {variant: {metric: value}}; one value or two stand as they are."""
     paths = (ROOT / "results/ebm_revision" / folder).glob("*.json")
     runs = [json.loads(path.read_text()) for path in sorted(paths)]
     rows = ["| " + " | ".join([name, *(title for title, _ in columns), "seeds"]) + " |",
@@ -207,8 +221,10 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
         cells = []
         for _, key in columns:
             values = [run[variant][key] for run in runs if key in run.get(variant, {})]
-            mean, half = interval(values) if values else (0.0, 0.0)
-            cells.append("" if not values else f"{mean:.3f}" + f" ± {half:.3f}" * (len(values) > 1))
+            if len(values) > 2:
+                cells.append("{:.3f} ± {:.3f}".format(*interval(values)))
+            else:                                           # two values make no interval
+                cells.append(", ".join(f"{value:.3f}" for value in values))
         cells.append(str(sum(variant in run for run in runs)))
         rows.append("| " + " | ".join([variant, *cells]) + " |")
     return "\n".join(rows)

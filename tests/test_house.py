@@ -150,16 +150,19 @@ QUOTED = {"jnf": "0.52 0.75", "latent_ebm_prior": "0.943 0.897 0.574 0.878",    
     ("JNF", "jnf"), ("SBM-VAE", "sbm_vae"), ("Latent EBM prior", "latent_ebm_prior"),
     ("Joint-layer EBM", "joint_layer_ebm"), ("EBM revision", "ebm_revision")])
 def test_a_decimal_in_the_text_is_a_metric_of_some_result(title, script):
-    """Rounded as in the text; in a script's section, but for tables, code and QUOTED."""
+    """Or a mean over a row's seeds; in a script's section, but for tables, code and QUOTED."""
     page = (ROOT / "results/README.md").read_text()
     section = re.search(rf"\n## {title}\n(.*?)\n## ", page, re.S)
     text = re.sub(r"<!-- table.*?<!-- end -->|`[^`]*`", "", section.group(1), flags=re.S)
     text = re.sub(r"^\|.*$", "", text, flags=re.M)
-    values = []
+    values, seeds = [], {}
     for path in [*(ROOT / "results" / script).rglob("*.json"),
                  *(ROOT / "results/benchmark").glob("*.json")]:
         found = json.loads(path.read_text())
         values += [v for v in numbers(found.get("metrics", found)) if math.isfinite(v)]
+        for key, value in found.get("metrics", {}).items():
+            seeds.setdefault((path.parent.parent, key), []).append(value)
+    values += [sum(v) / len(v) for v in seeds.values() if None not in v]
     quoted = QUOTED.get(script, "").split()
     for number in re.findall(r"(?<![\w.,-])\d[\d,]*\.\d+|(?<![\w.,-])\.\d+", text):
         places, value = len(number.split(".")[1]), float(number.replace(",", ""))
