@@ -7,7 +7,7 @@ Trains and evaluates each variant with the other flags as given, prints a table,
 the one that broke off. `revised` and `initial` start at the generator, `noise` at noise: a variant
 whose chains were trained from noise is to be judged by the last. The --warmup, which is the same in
 most variants, is trained once: they go on from its end (row `VAE alone`), bit for bit as if each
-had trained it. With --overwrite each does.
+had trained it. With --overwrite each does. `VAE longer` goes on as it was, to the end of --epochs.
 """
 import argparse
 import json
@@ -31,8 +31,8 @@ VARIANTS = {                                                # what each adds to 
     **{f"k_z {k}": ["--z_steps", str(k)] for k in (0, 10, 30)},
     "no data KL": ["--l_rec", "0"], "no syn KL": ["--l_syn", "0", "--l_inf", "0"],
     "additive": ["--fusion", "additive"], "mixture NLL": ["--nll", "mixture"]}
-WARMUP = "VAE alone"                                        # and these change it:
-NO_BRANCH = ("additive", "mixture NLL")
+WARMUP, LONGER = "VAE alone", "VAE longer"                  # no energy; the second for --epochs
+NO_BRANCH = ("additive", "mixture NLL")                     # another warm-up
 # flags in which a finished run may differ: none that changes a number
 FREE = ("out_dir", "judges", "resume", "overwrite", "device", "log_every", "ckpt_minutes")
 KEYS = [*(f"coherence_{key}" for key in ("joint", "joint_initial", "joint_noise", "cross_1",
@@ -51,7 +51,8 @@ def branch(checkpoint: Path, args: argparse.Namespace, folder: Path) -> None:
 def main(argv: list[str]) -> dict[str, dict[str, float]]:
     """{variant: {metric: value}}; RunError if a finished variant had other flags."""
     p = argparse.ArgumentParser("ablation.py", allow_abbrev=False, add_help=False)
-    p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    p.add_argument("--variants", nargs="+", default=[*VARIANTS, LONGER],
+                   choices=[*VARIANTS, LONGER])
     chosen, argv = p.parse_known_args(argv)
     args = ebm_revision.parse_args(argv)
     root, table = Path(args.out_dir) / "ablation" / args.dataset, {}
@@ -74,15 +75,17 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
             branch(warm, new, done)
         return ebm_revision.main([*own, *["--resume"] * bool(again or warm)]), done
 
-    warm = None
+    train_set = data.load(args.dataset, "train", args.data_dir, n=args.n_train,
+                          n_modalities=args.n_modalities)
+    steps, warm = max(len(train_set) // args.batch_size, 1), None          # steps an epoch
     if args.warmup and not args.overwrite and set(chosen.variants) - set(NO_BRANCH):
-        train_set = data.load(args.dataset, "train", args.data_dir, n=args.n_train,
-                              n_modalities=args.n_modalities)
-        steps = args.warmup * max(len(train_set) // args.batch_size, 1)
-        table[WARMUP], done = run(WARMUP, ["--max_steps", str(steps)])
+        table[WARMUP], done = run(WARMUP, ["--max_steps", str(args.warmup * steps)])
         warm = done / "checkpoint.pt"
+    longer = ["--warmup", str(args.epochs), "--epochs", str(args.epochs + 1), "--mixed", "0",
+              "--max_steps", str(args.epochs * steps)]
     for name in chosen.variants:
-        table[name], _ = run(name, VARIANTS[name], None if name in NO_BRANCH else warm)
+        table[name], _ = run(name, (VARIANTS | {LONGER: longer})[name],
+                             None if name in NO_BRANCH else warm)
     for row in table.values():
         row |= {f"frechet_clf{end}": distance(row, end) for end in ("", "_initial")}
     table = {name: {key: row[key] for key in KEYS if row.get(key) is not None}
