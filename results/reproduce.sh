@@ -8,7 +8,7 @@
 # checkpoint and the rest is listed as left. Runs live in runs/results/<variant>. --publish copies
 # their result.json and pictures to results/ and rewrites the tables; rows of real data need DIR,
 # rows `full`, the papers' configurations, a GPU as well: they come first with --device cuda. The
-# ablation of ebm_revision, five seeds, comes last. --list prints the commands and runs none.
+# ablations of ebm_revision, five seeds, come last. --list prints the commands and runs none.
 set -u
 cd "$(dirname "$0")/.."
 minutes=100000 only="" data_dir="" device=auto publish=0 list=0
@@ -155,6 +155,9 @@ ebm_revision synth_mnist_svhn default 1
 jnf synth_mnist_svhn default 2
 jnf synth_mnist_svhn gaussian 1 --flow_blocks 0
 jnf synth_mnist_svhn gaussian 2 --flow_blocks 0
+jnf synth_mnist_svhn gmm 0 --eval_only --checkpoint runs/results/default/jnf/synth_mnist_svhn/0/checkpoint.pt --latent_prior gmm
+jnf synth_mnist_svhn gmm 1 --eval_only --checkpoint runs/results/default/jnf/synth_mnist_svhn/1/checkpoint.pt --latent_prior gmm
+jnf synth_mnist_svhn gmm 2 --eval_only --checkpoint runs/results/default/jnf/synth_mnist_svhn/2/checkpoint.pt --latent_prior gmm
 sbm_vae synth_mnist_svhn default 2
 sbm_vae synth_polymnist default 2
 latent_ebm_prior synth_mnist_svhn default 2
@@ -169,6 +172,8 @@ ebm_revision synth_polymnist three-modalities 1
 ebm_revision synth_polymnist three-modalities 2
 jnf synth_polymnist three-modalities 1
 jnf synth_polymnist three-modalities 2
+sbm_vae mnist_svhn default 1
+sbm_vae mnist_svhn default 2
 ROWS
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {3..19}; do echo "joint_layer_ebm synth_svhn default $seed"; done
@@ -236,22 +241,28 @@ while read -r script dataset variant seed flags; do
 done < <(rows)
 [ "$list" = 1 ] && exit
 
-for seed in 0 1 2 3 4; do                                  # every variant: hours a seed on a CPU
-    [ -n "$only" ] && [ "$only" != ebm_revision ] && break
-    name="ebm_revision's ablation $seed" table="runs/ablation/synth_mnist_svhn/$seed.json"
+ablation() {                               # folder, seed, flags; every variant: hours on a CPU
+    local name="ebm_revision's $1 $2" table="runs/$1/ablation/synth_mnist_svhn/$2.json"
     if [ -e "$table" ]; then
         echo "done: $name"
     elif [ "$(date +%s)" -lt "$end" ]; then
         echo "run:  $name"
         timeout --foreground --kill-after=60 "$((end - $(date +%s)))" python results/ablation.py \
-            --product faded --seed "$seed" --mixed 0 --epochs 20 --x_steps_test 30 \
-            --device "$device" < /dev/null
+            --out_dir "runs/$1" --seed "$2" --mixed 0 --epochs 20 --x_steps_test 30 \
+            --device "$device" "${@:3}" < /dev/null
     fi
     if [ ! -e "$table" ]; then
         echo "left: $name"; left=$((left + 1))
     elif [ "$publish" = 1 ]; then
-        mkdir -p results/ebm_revision/ablation && cp "$table" results/ebm_revision/ablation
+        mkdir -p "results/ebm_revision/$1" && cp "$table" "results/ebm_revision/$1"
     fi
-done
+}
+if [ -z "$only" ] || [ "$only" = ebm_revision ]; then
+    for seed in 0 1 2 3 4; do ablation ablation $seed; done
+    for seed in 0 1 2 3 4; do
+        ablation ablation-faded $seed --product faded \
+            --variants full "x from noise" "no syn KL" "k_x 0"
+    done
+fi
 [ "$publish" = 1 ] && python results/tables.py
 echo "$left rows left"

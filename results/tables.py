@@ -364,7 +364,7 @@ def main() -> int:
              "comparison_poly": comparison("polymnist", (1, 2, 3, 4)),
              "toy": intervals("toy", toy, "chains"), "benchmark": benchmark(),
              "ablation": intervals("ablation", ablated, "variant"),
-             "ablation_clamped": intervals("ablation-clamped", ablated, "variant"),
+             "ablation_faded": intervals("ablation-faded", ablated, "variant"),
              "inference": inference(), "imposed": imposed(),
              "joint_layer_anomaly": anomaly(), "joint_layer_ood": ood()}
     pages = [ROOT / "README.md", ROOT / "results/README.md"]
