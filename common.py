@@ -12,12 +12,14 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -39,7 +41,7 @@ RUN_FILES = ("config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "resu
              "captions.txt")
 RUN_FLAGS = ("data_dir", "out_dir", "judges", "device", "resume", "overwrite", "eval_only",
              "checkpoint", "ckpt_minutes", "log_every", "amp", "compile", "n_test", "n_eval",
-             "eval_batch")
+             "eval_batch", "fid")
 
 
 class RunError(ValueError):
@@ -193,19 +195,19 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
         key.update(y.cpu().contiguous().numpy())
         path = Path(cache_dir) / f"{train.name}_{m}_{Judge.VERSION}_{key.hexdigest()[:16]}.pt"
         with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
-            torch.manual_seed(0)
-            judges[m] = judge = Judge(x.shape[1:], int(y.max()) + 1)
-            judge.to(device, memory_format=torch.channels_last)
+            def fresh(shape=x.shape[1:], n_classes=int(y.max()) + 1):
+                torch.manual_seed(0)
+                return Judge(shape, n_classes).to(device, memory_format=torch.channels_last)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)                # one trains, others read its file
                 try:
-                    judge.load_state_dict(_read(path))
-                except (RunError, RuntimeError, TypeError):     # not there, or broken
-                    _train_judge(judge, x.to(device), y.to(device))
+                    (judge := fresh()).load_state_dict(_read(path))
+                except (RunError, RuntimeError, TypeError):     # not there, broken, or half fits
+                    _train_judge(judge := fresh(), x.to(device), y.to(device))
                     with atomic_write(path) as file:
                         torch.save(judge.state_dict(), file)
-        judge.eval().requires_grad_(False)
+        judges[m] = judge.eval().requires_grad_(False)
         images = ({m: part.to(device).float() / 255} for part in x_test.split(500))
         seen = _measure(images, {m: judge}, {})[0][m]
         judge.accuracy = (seen == y_test.cpu()).float().mean().item()
@@ -236,8 +238,8 @@ def _inception() -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def load_inception(data_dir, device) -> nn.Module | None:
-    """The FID net, with weights from data_dir, else downloaded there; else None, and a line why."""
+def _inception_weights(data_dir) -> Path:
+    """The FID net's weights in data_dir, else downloaded there; RunError if that fails."""
     path = Path(data_dir) / INCEPTION_URL.rsplit("/")[-1]
     sha = path.stem.rsplit("-")[-1]
     try:
@@ -245,11 +247,19 @@ def load_inception(data_dir, device) -> nn.Module | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=sha)
     except (OSError, RuntimeError) as error:
-        return print(f"no fid_*: {path} is missing, its download failed ({error})")
+        raise RunError(f"--fid: {path} is missing and its download failed ({error}): put it there, "
+                       "or leave --fid out") from None
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha):
         raise RunError(f"{path} is damaged: its sha256 is not {sha}...; delete it")
-    net = _inception()
-    net.load_state_dict({k: v for k, v in _read(path).items() if not k.startswith("fc.")})
+    return path
+
+
+def load_inception(args, device) -> nn.Module | None:
+    """With --fid the FID net, its weights from --data_dir or downloaded there; else None."""
+    if not args.fid:
+        return None
+    net, weights = _inception(), _read(_inception_weights(args.data_dir))
+    net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
     return net.to(device)
 
 
@@ -301,8 +311,9 @@ def reference(test, train, judges, inception, n: int = 10_000, batch_size: int =
     metrics |= _distances(measure(train)[1], real, "floor_")
     if judges:
         floor = [metrics[f"frechet_clf_floor_{m}"] for m in judges]
-        metrics |= {"coherence_ceiling": _agreement(classes),
-                    "frechet_clf_floor": sum(floor) / len(floor)}
+        metrics["frechet_clf_floor"] = sum(floor) / len(floor)
+    if len(judges) > 1:
+        metrics["coherence_ceiling"] = _agreement(classes)
     return real
 
 
@@ -339,6 +350,8 @@ def coherence_cross(generate, test, judges, batch_size=500, reference=None, subs
             subsets += windows if len(names) > 5 else combinations(names, k)
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
     for subset in subsets:
+        if not judges and len(subset) > 1:                      # distances are given one only
+            continue
         targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]
         batches = (generate(test.take(slice(i, i + batch_size), names=subset), targets)
                    for i in range(0, len(test), batch_size))
@@ -387,7 +400,7 @@ def split_r_hat(x):
 
 def ess(x):
     """Effective number of draws in chains [n c] -> float, [n c d] -> [d]; nan if none moves. Split
-    chains, Geyer's initial monotone sequence, as Stan (Vehtari et al. 2021, sec. 3.2)."""
+    chains, Geyer's initial monotone sequence (Vehtari et al. 2021, sec. 3.2)."""
     if x.ndim == 2:
         return ess(x[..., None]).item()
     x, within, total = _split(x)
@@ -405,17 +418,18 @@ def ess(x):
 def chain_report(chains: Tensor, path, accept_rate=None, energy: Tensor | None = None) -> dict:
     """Metrics of chains [n c d], c chains a coordinate, and their picture at path.
 
-    r_hat, r_hat_95: median and 95 % quantile over coordinates; ess_per_step: mean, a share of the
-    draws; autocorrelation_time: mean, in steps. accept_rate and energy [n c] are only drawn."""
+    r_hat, r_hat_95: median and 95 % quantile over coordinates, 1e6 for chains that stick at
+    different places; ess_per_step: mean, a share of the draws; autocorrelation_time: mean, in
+    steps. accept_rate and energy [n c] are only drawn."""
     chains = chains.detach().cpu()
-    r_hat, rho = split_r_hat(chains), autocorrelation(chains).nanmean(1)
+    r_hat, rho = split_r_hat(chains).clamp_max(1e6), autocorrelation(chains).nanmean(1)
     size = ess(chains) / math.prod(chains.shape[:2])
     title = "first coordinate by step"
     title += "" if accept_rate is None else f", accept rate {float(accept_rate):.2f}"
     lines = {"autocorrelation by lag, mean": rho[:len(rho) // 2], title: chains[:, :, 0]}
     if energy is not None:
         lines["energy by step"] = energy.detach().cpu()
-    panels = [("split R-hat", lambda axes: axes.hist(r_hat[r_hat.isfinite()].numpy(), 40))]
+    panels = [("split R-hat", lambda axes: axes.hist(r_hat[r_hat < 1e6].numpy(), 40))]
     panels += [(title, lambda axes, y=y: axes.plot(y.numpy(), linewidth=0.6))
                for title, y in lines.items()]
     _save_rows(path, [panels])
@@ -535,7 +549,8 @@ def save_densities(path, rows: list[list[Tensor]], titles: list[str], reach: flo
 def plot_curves(path, metrics_jsonl_path) -> None:
     """PNG with a panel per metric logged with a step, the first 24; a line per stage and split."""
     curves, log = {}, Path(metrics_jsonl_path)
-    for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+    whole = log.read_text().split("\n")[:-1] if log.exists() else []       # no torn last line
+    for row in map(json.loads, whole):
         line = " ".join(str(row[key]) for key in ("stage", "split") if key in row)
         for key in row.keys() - {"step", "epoch", "stage", "split", "wall_s"}:
             if "step" in row and not isinstance(row[key], str):
@@ -556,17 +571,19 @@ def cli(main) -> None:
     try:
         main()
     except (RunError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        clear = "\r\x1b[K" * sys.stderr.isatty()                # a live line
+        print(f"{clear}error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit({RunError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
 
 def number(kind, low=-math.inf, high=math.inf, open_low: bool = False):
     """argparse type: a finite int or float in [low, high], or in (low, high]."""
+    interval = "[("[open_low or low == -math.inf] + f"{low}, {high}" + "])"[high == math.inf]
+
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or abs(value) == math.inf or open_low and value == low:
-            raise argparse.ArgumentTypeError(       # also nan: it is in no interval
-                f"{text} is outside {'(' if open_low else '['}{low}, {high}]")
+            raise argparse.ArgumentTypeError(f"{text} is outside {interval}")   # also nan
         return value
     parse.__name__ = kind.__name__                              # "invalid int value"
     return parse
@@ -602,6 +619,8 @@ def run_parser(script: str, doc: str, default: str, datasets: list) -> argparse.
     flag("--n_modalities", type=number(int, 2, 16), default=3, help="synth_polymnist, polymnist10")
     flag("--n_eval", type=number(int, 2), default=10_000, help="items and samples evaluated")
     flag("--eval_batch", type=number(int, 1), default=1000)
+    flag("--fid", action=switch, default=False, help="Inception FID too (weights are downloaded "
+         "into data_dir); needs a GPU, or hours")
     return p
 
 
@@ -636,6 +655,7 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = False                     # as for matrix products
 
 
 def distributed() -> tuple[int, int]:
@@ -690,9 +710,13 @@ def _write_json(path, value) -> None:
 def _read(path) -> dict:
     """What torch.save wrote: tensors and plain values, on the CPU. RunError: missing or broken."""
     try:
+        if zipfile.is_zipfile(path):                            # torch does not look at checksums
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise RuntimeError(f"wrong checksum of {bad}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
-            TypeError, AttributeError, struct.error) as error:
+            TypeError, AttributeError, struct.error, zipfile.BadZipFile) as error:
         raise RunError(f"cannot read {path}, missing or damaged: {str(error)[:80]!r}") from error
 
 
@@ -705,16 +729,16 @@ def _plain(value):
 class Run(ExitStack):
     """Log, checkpoint and signals of a run, from `open_run`. Every rank has one, rank 0 writes."""
 
-    def __init__(self, args, script: str, device: torch.device, rank: int, world: int):
+    def __init__(self, args, source: Path, argv: list, device, rank: int, world: int):
         super().__init__()                                                  # of files, signals
-        self.args, self.script, self.device = args, script, device
-        self.rank, self.world = rank, world
-        self.dir = Path(args.out_dir) / script / args.dataset / str(args.seed)
+        self.args, self.source, self.argv, self.device = args, source, argv, device
+        self.script, self.rank, self.world = source.stem, rank, world
+        self.dir = Path(args.out_dir) / self.script / args.dataset / str(args.seed)
         self.judges = Path(args.judges or Path(args.out_dir) / "judges")
         self.stop_requested = self._signal = self.rollbacks = 0             # the signal's number
         self._start = self._saved = self._synced = time.monotonic()
         self._calls, self._sync_every = 0, 1                                # of checkpoint_due
-        self._stage, self._log, self._about = None, None, {}
+        self._stage, self._log, self._about, self._sizes = None, None, {}, {}
         self._signals = self.enter_context(ExitStack())
 
     def say(self, text: str) -> None:
@@ -722,17 +746,29 @@ class Run(ExitStack):
             print("\r\x1b[K" * sys.stdout.isatty() + text, flush=True)     # over a live line
 
     def start(self, model: nn.Module) -> None:
-        """Once the model is built, before training: say what runs and how large its parts are, also
-        in config.json. From here on each rank has random numbers of its own."""
+        """Once data and model are there, before training: say what runs and how large its parts
+        are; --overwrite removes the old run now. Each rank has its own random numbers from here on.
+        """
         self._part_noise()
-        sizes = {name: sum(p.numel() for p in part.parameters())
-                 for name, part in model.named_children()}
-        parts = "  ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
+        self._sizes = {name: sum(p.numel() for p in part.parameters())
+                       for name, part in model.named_children()}
+        parts = "  ".join(f"{name} {size:,}" for name, size in self._sizes.items() if size)
         self.say(f"{self.script}  {self.args.dataset}  seed {self.args.seed}  "
                  f"{self._about['device']}  {self.dir}\nparameters: {parts}")
-        if self.rank == 0 and not self.args.eval_only:
-            path = self.dir / "config.json"
-            _write_json(path, json.loads(path.read_text()) | {"parameters": sizes})
+        if not (self.args.resume or self.args.eval_only):                   # these: in load
+            self._describe()
+
+    def _describe(self) -> None:
+        """config.json and source.py, by rank 0, once nothing of the run can be refused any more."""
+        path, args = self.dir / "config.json", self.args
+        if self.rank == 0 and not (args.eval_only and path.exists()):
+            made = [*map(self.dir.joinpath, RUN_FILES), *self.dir.glob("layer_*.png")]
+            for old in made if args.overwrite else []:
+                old.unlink(missing_ok=True)
+            _write_json(path, vars(args) | {
+                "argv": self.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "run": self._about, "parameters": self._sizes})
+            shutil.copyfile(self.source, self.dir / "source.py")
 
     def _part_noise(self) -> None:
         """Reseed all ranks but 0, whose stream stays as it is."""
@@ -740,14 +776,14 @@ class Run(ExitStack):
             torch.manual_seed(torch.randint(2**40, ()).item() + self.rank)
 
     def progress(self, stage, epoch, n_epochs, step, total, batch_size, **metrics) -> None:
-        """Where the run is: a live line on a terminal, elsewhere a line every 15 s."""
+        """Where the run is, epoch counted from 0: a live line on a terminal, else one in 15 s."""
         now, tty = time.monotonic(), sys.stdout.isatty()
         if stage != self._stage:
             self._stage, self._first, self._shown = stage, (step, now), -math.inf
         if self.rank or now - self._shown < (0.2 if tty else 15):
             return
         self._shown, (first, start) = now, self._first
-        parts = [stage, f"epoch {epoch}/{n_epochs}", f"step {step}/{total}"]
+        parts = [stage, f"epoch {epoch + 1}/{n_epochs}", f"step {step}/{total}"]
         parts += [f"{key} {_plain(value):.4g}" for key, value in metrics.items()]
         if step > first:
             pace = (now - start) / (step - first)                           # seconds a step
@@ -817,16 +853,20 @@ class Run(ExitStack):
         if not isinstance(kept, dict) or kept.get("script") != self.script or kept["format"] != 1:
             raise RunError(f"{path} is not a checkpoint of this version of {self.script}.py")
         then, now = json.loads(kept["flags"]), json.loads(json.dumps(vars(self.args), default=str))
-        for flag in [flag for flag in then | now if flag not in (*RUN_FLAGS, *free)]:
-            if now.get(flag) != (value := then.get(flag, "(no such flag then)")):
-                raise RunError(f"{path} was made with --{flag} {value}, not {now.get(flag)}: "
-                               "give the same flags, or train anew with another --out_dir")
+        then = {flag: then.get(flag, "(no such flag then)") for flag in then | now}
+        other = [f"--{flag} {value}, not {now.get(flag)}" for flag, value in then.items()
+                 if flag not in (*RUN_FLAGS, *free) and now.get(flag) != value]
+        if other:
+            raise RunError(f"{path} was made with {'; '.join(other)}: give the same flags, or "
+                           "train anew with another --out_dir")
         if self.args.eval_only:
             if kept["state"].get("stage", stages) < stages:
                 raise RunError(f"{path}: its training is not finished, give --resume")
+            self._describe()
             if path.resolve() == own.resolve():
                 self._start = time.monotonic() - kept["wall_s"]
             return kept["state"]
+        self._describe()
         self.rollbacks, rng = kept.get("rollbacks", 0), kept["rng"]
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
@@ -916,44 +956,42 @@ def _pick_device(name: str) -> torch.device:
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):                      # no such name, or no such GPU
-        raise RunError(f"--device {name} is not to be had: give auto, cpu, cuda or cuda:<number>, "
-                       f"number < {torch.cuda.device_count()}") from None
+        n = torch.cuda.device_count()
+        raise RunError(f"--device {name} is not to be had: give auto or cpu"
+                       + f", or cuda, or cuda:<number> below {n}" * (n > 0)) from None
     return device
 
 
 def open_run(args, script_path, argv: list[str] | None = None) -> Run:
-    """Claim and lock out_dir/<script>/<dataset>/<seed>; leave config.json and source.py there.
-    RunError if it is in use, or the flags do not fit what it holds."""
+    """Claim and lock out_dir/<script>/<dataset>/<seed>. RunError if it is in use, or the flags do
+    not fit what it holds. Nothing there changes before Run.start and Run.load."""
     script, argv = Path(script_path).resolve(), sys.argv[1:] if argv is None else argv
-    run = Run(args, script.stem, _pick_device(args.device), *distributed())
+    run = Run(args, script, argv, _pick_device(args.device), *distributed())
     for flag in [f for f in vars(args) if "batch" in f and f != "eval_batch"]:
         if vars(args)[flag] % run.world:
             raise RunError(f"--{flag}: give a multiple of the {run.world} processes")
     git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     found = shutil.which("git") and subprocess.run(git, cwd=script.parent, capture_output=True,
                                                    text=True).stdout.strip()
+    if getattr(args, "fid", False) and run.rank == 0:
+        _inception_weights(args.data_dir)                       # now, not after the training
     gpu = run.device.type == "cuda"
     run._about = {"device": torch.cuda.get_device_name(run.device) if gpu else "cpu",
-                  "torch": torch.__version__, "commit": found or None,
-                  "command": " ".join(["python", script.name, *argv])}
+                  "processes": run.world, "torch": torch.__version__, "commit": found or None,
+                  "command": shlex.join(["python", script.name, *argv])}
     if run.rank == 0:
         try:
             _claim(run)
         except RunError:
             run.close()
             raise
-        if not (args.eval_only and (run.dir / "config.json").exists()):
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            _write_json(run.dir / "config.json",
-                        vars(args) | {"argv": argv, "started": started, "run": run._about})
-            shutil.copyfile(script, run.dir / "source.py")
     for number in (signal.SIGINT, signal.SIGTERM):
         run._signals.callback(signal.signal, number, signal.signal(number, run._on_signal))
     return run
 
 
 def _claim(run: Run) -> None:
-    """Lock the folder, then refuse it or, for --overwrite, remove RUN_FILES, and nothing else."""
+    """Lock the folder, then refuse it if it holds another run than the flags ask for."""
     run.dir.mkdir(parents=True, exist_ok=True)
     lock = run.enter_context(open(run.dir / ".lock", "a"))      # freed even by kill -9
     try:
@@ -965,14 +1003,15 @@ def _claim(run: Run) -> None:
         raise RunError("--overwrite would delete what --resume and --eval_only need: give one")
     if args.checkpoint and not (args.resume or args.eval_only):
         raise RunError("--checkpoint needs --resume or --eval_only")
-    made = [*map(run.dir.joinpath, RUN_FILES), *run.dir.glob("layer_*.png")]
-    for old in [*run.dir.glob(".*.tmp"), *(made if args.overwrite else [])]:
-        old.unlink(missing_ok=True)
+    for left in run.dir.glob(".*.tmp"):                         # by a kill -9
+        left.unlink(missing_ok=True)
     used = {file.name for file in run.dir.iterdir()} - {".lock", "config.json", "source.py"}
-    if args.resume and not (args.checkpoint or "checkpoint.pt" in used):
-        raise RunError(f"--resume: there is no checkpoint.pt in {run.dir}")
+    if args.resume or args.eval_only:
+        path = Path(args.checkpoint or run.dir / "checkpoint.pt")
+        if not path.exists():
+            raise RunError(f"--{'resume' if args.resume else 'eval_only'}: there is no {path}")
     own = str((run.dir / "checkpoint.pt").resolve())
     resume = args.resume and own == str(Path(args.checkpoint or own).resolve())
     if used and not (resume or args.overwrite or args.eval_only):
-        raise RunError(f"{run.dir} holds a run: give --resume, --overwrite or --eval_only, or "
-                       "another --seed or --out_dir")
+        choice = "--resume, --eval_only or " * ("checkpoint.pt" in used) + "--overwrite"
+        raise RunError(f"{run.dir} holds a run: give {choice}, or another --seed or --out_dir")

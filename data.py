@@ -190,7 +190,8 @@ def load(name: str, split: str, data_dir="datasets", n: int | None = None,
     _require(n is None or n >= 2, f"{name}: n must be 2 or more, not {n}")
     data_dir = Path(data_dir).expanduser().absolute()
     if name in SYNTHETIC:
-        return _synthetic(name, split, data_dir, n, n_modalities or 5, seed)
+        return _synthetic(name, split, data_dir, n, 5 if n_modalities is None else n_modalities,
+                          seed)
     try:
         if name == "mnist_svhn":
             return _mnist_svhn(split, data_dir, n, seed, pairings)
@@ -202,7 +203,24 @@ def load(name: str, split: str, data_dir="datasets", n: int | None = None,
             return _cub(split, data_dir, n)
         return _from_files(name, split, data_dir, n)
     except DataError as error:
-        raise DataError(f"{name}: {error}; {TWINS[name]} needs no files") from error
+        remedy = f"{TWINS[name]} needs no files" if name != "paired" else \
+            "it takes a uint8 array [n h w] or [n h w 1|3] for each modality and integer labels y"
+        raise DataError(f"{name}: {error}; {remedy}") from error
+
+
+def load_splits(name: str, sizes: dict[str, int | None], data_dir="datasets", device="cpu",
+                **options) -> dict[str, Dataset]:
+    """{split: load(name, split, ..)} on the device for sizes {split: n}; DataError also for files
+    that do not fit each other."""
+    sets = {split: load(name, split, data_dir, n, **options).to(device)
+            for split, n in sizes.items()}
+    for split, found in sets.items():
+        for what, kind in (("modalities", lambda s: s.modalities), ("shapes", lambda s: s.shapes),
+                           ("labels y", lambda s: "none" if s.y is None else "some")):
+            first = next(iter(sets.values()))
+            _require(kind(found) == kind(first), f"{name} in {data_dir}: {what} of {first.split} "
+                     f"and {split} differ, {kind(first)} and {kind(found)}")
+    return sets
 
 
 # ---- Splits and pairs --------------------------------------------------------------------------
@@ -213,8 +231,8 @@ def _generator(*key) -> torch.Generator:
 
 def _split(dataset: Dataset, n: int | None) -> Dataset:
     """The train or val rows of the first n tuples of a training file: val is the last 10 % (at
-    least one of two) of each class in file order, so that neighbours there (digits of one house)
-    stay on one side. No seed: the same for all runs. Of a test file the first n."""
+    least one of two) of each class in file order, so that most neighbours there (digits of one
+    house) stay on one side. No seed: the same for all runs. Of a test file the first n."""
     dataset = dataset if n is None else dataset.head(n)
     if dataset.split == "test":
         return dataset
@@ -260,7 +278,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error})") from error
 
 
@@ -328,9 +346,13 @@ def _from_files(name: str, split: str, data_dir: Path, n: int | None) -> Dataset
         arrays = _torchvision(name, part, path)
     note = str(arrays.pop("note", ""))
     x, y = _checked(name, path, arrays)
-    kinds = {m: "binary" if m == "attributes" else "image" for m in x}
-    found = _split(Dataset(x, y, kinds, name, split, note), n)
-    return _shuffled(found) if name == "paired" else found
+    kinds = dict.fromkeys(x, "image") | ({"attributes": "binary"} if name == "celeba" else {})
+    found = Dataset(x, y, kinds, name, split, note)
+    if name != "paired":
+        return _split(found, n)
+    found = _shuffled(_split(found, None))                      # before n: all classes are in it
+    n_val = max((n or 0) // 10, 1)
+    return found.head(n and {"train": n - n_val, "val": n_val, "test": n}[split])
 
 
 def _checked(name: str, path: Path,
@@ -343,24 +365,27 @@ def _checked(name: str, path: Path,
              and (y is not None or name in ("celeba", "paired")),
              f"{path} must have {wanted}, not {sorted(arrays)}")
     x, shape = {}, SINGLE[name][1] if name in SINGLE else None
-    for key in sorted(need - {"attributes"}, key=list(arrays).index):
+    for key in sorted(need if name == "paired" else {"x"}, key=list(arrays).index):
         v = arrays[key] if arrays[key].ndim != 3 else arrays[key][..., None]
-        ok = v.dtype == np.uint8 and v.ndim == 4 and len(v) > 0
-        _require(ok and shape in (None, v.shape[1:]),
-                 f"{path}: {key} must be uint8 [n {shape or 'h w c'}], not {v.dtype} {v.shape}")
+        ok = v.dtype == np.uint8 and v.ndim == 4 and len(v) > 0 and v.shape[3] in (1, 3)
+        _require(ok and shape in (None, v.shape[1:]), f"{path}: {key} must be uint8 "
+                 f"[n {shape or 'h w'}] or [n h w 1|3], not {v.dtype} {v.shape}")
         m = key if name == "paired" else "image" if name == "celeba" else name
-        _require(m.isidentifier() and not hasattr(torch.nn.ModuleDict, m),
+        _require(m.isidentifier() and not hasattr(torch.nn.ModuleDict(), m)
+                 and not m.startswith(("head_", "code_", "q_")),            # names of jnf.py's
                  f"{path}: {m!r} cannot name a modality: take another word")
         x[m] = torch.from_numpy(np.ascontiguousarray(v.transpose(0, 3, 1, 2)))
-    n = len(next(iter(x.values())))
-    _require(all(len(v) == n for v in x.values()), f"{path}: modalities of unequal lengths")
+    lengths = {m: len(v) for m, v in x.items()}
+    n = next(iter(lengths.values()))
+    _require(set(lengths.values()) == {n}, f"{path}: unequal lengths, {lengths}")
     if name == "celeba":
         a = x["attributes"] = torch.from_numpy(arrays["attributes"])
         _require(a.dtype == torch.uint8 and a.shape == (n, 40) and a.max() < 2,
                  f"{path}: attributes must be uint8 [{n} 40] of 0 and 1")
     if y is not None:
         _require(y.dtype.kind in "iu" and y.shape == (n,) and y.min() >= 0 and y.max() <= top,
-                 f"{path}: y must be integers [{n}] in 0..{top}, not {y.dtype} {y.shape}")
+                 f"{path}: y must be integers [{n}] in 0..{top}, not {y.dtype} {y.shape}"
+                 + f" from {y.min()} to {y.max()}" * (y.dtype.kind in "iu" and y.size > 0))
         y = torch.from_numpy(y.astype(np.int64))
     return x, y
 
@@ -411,8 +436,11 @@ def _polymnist(name: str, split: str, data_dir: Path, n: int | None, n_modalitie
         digits = mnist.x["mnist"][_draw(mnist.y, mnist.y, generator)]       # [n 1 28 28]
         if name == "translated_polymnist":
             digits = _translate(digits, generator)
-        x[m] = _on_crops(digits > 128, _picture(path), generator)
+        picture = _picture(path)
+        _require(min(picture.shape[1:]) >= 28, f"{path} must have 28x28 pixels or more")
+        x[m] = _on_crops(digits > 128, picture, generator)
     note = f"built from MNIST and {', '.join(path.name for path in paths)}: not the official files"
+    note += f"; {mnist.note}" * bool(mnist.note)
     return Dataset(x, mnist.y, dict.fromkeys(x, "image"), name, split, note)
 
 
@@ -551,8 +579,10 @@ def _synthetic(name: str, split: str, data_dir: Path, n: int | None, n_modalitie
     """A pure function of (name, split, n, seed), kept in <data_dir>/synthetic if that can be
     written. 30,000 tuples on one core: synth_mnist_svhn about 10 s, 115 MB; synth_polymnist about
     16 s, 350 MB."""
-    _require(2 <= n_modalities <= 16, f"n_modalities must lie in 2..16, not {n_modalities}")
-    names = SYNTHETIC[name][:n_modalities]
+    names = SYNTHETIC[name]
+    if name == "synth_polymnist":
+        _require(2 <= n_modalities <= 16, f"n_modalities must lie in 2..16, not {n_modalities}")
+        names = names[:n_modalities]
     n = n or (5_000 if split == "test" else 30_000)
     n_val = max(1, n // 10)
     n_split = {"train": n - n_val, "val": n_val, "test": n}[split]
@@ -562,10 +592,11 @@ def _synthetic(name: str, split: str, data_dir: Path, n: int | None, n_modalitie
     path = data_dir / "synthetic" / file
     try:
         x = {m: torch.from_numpy(array) for m, array in _read_npz(path).items()}
-    except DataError:                           # not made yet, or damaged
+        y = x.pop("y")
+    except (DataError, KeyError):               # not made yet, or damaged
         x = {m: _render(m, y, _generator(*key, m)) for m in names}
         with contextlib.suppress(OSError):      # a folder that cannot be written: made anew
-            _write_npz(path, {m: v.numpy() for m, v in x.items()})
+            _write_npz(path, {m: v.numpy() for m, v in (x | {"y": y}).items()})
     note = "generated, not a standard data set"
     return Dataset(x, y, dict.fromkeys(x, "image"), name, split, note)
 

@@ -596,8 +596,10 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
             worst = torch.maximum(worst, torch.where(sane, gap, math.nan))
             due, shown = run.checkpoint_due(), step % args.log_every == 0 or step == total
             if (due or shown) and common.any_rank(~(worst < args.max_gap), run.world):
-                step = restore(run.rollback(f"f(X) - f(X_rev) or a loss diverged by step {step} "
-                                            "(loss_enc: --product faded, more --z_steps)"))
+                values = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items())
+                step = restore(run.rollback(
+                    f"f(X) - f(X_rev) or a loss diverged by step {step} ({values}; if not f: lower "
+                    "--x_step_size or --z_step_size, --product faded, more --z_steps)"))
                 worst = torch.zeros_like(worst)
                 break                                                       # order from its epoch
             if shown:
@@ -620,7 +622,7 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     model.requires_grad_(False).eval()
     device, k = run.device, args.x_steps_test
     judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    inception = common.load_inception(args.data_dir, device)
+    inception = common.load_inception(args, device)
     real = common.reference(test, train_set, judges, inception, args.n_eval)
     metrics = dict(real.metrics)
 
@@ -706,9 +708,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
-        sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
-                                 n_modalities=args.n_modalities).to(run.device)
-                for split, n in (("train", args.n_train), ("test", args.n_test))}
+        sizes = {"train": args.n_train, "test": args.n_test}
+        sets = data.load_splits(args.dataset, sizes, args.data_dir, run.device,
+                                n_modalities=args.n_modalities)
         try:
             model = Revision(sets["train"].net_shapes, args).to(run.device)
         except ValueError as error:

@@ -632,7 +632,7 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
         values = validate(model, test, loss_fn, args, device)
         metrics |= {f"loss_{name}": values.pop("loss")} | values
     judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    inception = common.load_inception(args.data_dir, device)
+    inception = common.load_inception(args, device)
     real = common.reference(test, train_set, judges, inception, args.n_eval)
 
     def decode(z, targets=model.modalities):
@@ -701,9 +701,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
         sizes = {"train": args.n_train, "val": args.n_train, "test": args.n_test}
-        sets = {split: data.load(args.dataset, split, args.data_dir, n=n, pairings=args.pairings,
-                                 n_modalities=args.n_modalities).to(run.device)
-                for split, n in sizes.items()}
+        sets = data.load_splits(args.dataset, sizes, args.data_dir, run.device,
+                                pairings=args.pairings, n_modalities=args.n_modalities)
         try:
             model = JNF(sets["train"].shapes, args)
             model.to(run.device, memory_format=torch.channels_last)

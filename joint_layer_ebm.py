@@ -767,7 +767,7 @@ def evaluate(model: JointEBM, everything: data.Dataset, train_set: data.Dataset,
                            "_sd": auprc.std(0, correction=0)}.items():
             metrics |= {name + end: v for name, v in zip(AUPRC, found.tolist())}
         test = test.select(test.y != args.held_out)
-    inception = common.load_inception(args.data_dir, run.device)
+    inception = common.load_inception(args, run.device)
     real = common.reference(test, train_set, judges, inception, args.n_eval)
     metrics |= {k: v for k, v in real.metrics.items() if k != "coherence_ceiling"}
     metrics |= quality(model, judges, real, m, args, run)
@@ -790,8 +790,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
-        train_set, test = (data.load(args.dataset, split, args.data_dir, n=n).to(run.device)
-                           for split, n in (("train", args.n_train), ("test", args.n_test)))
+        sizes = {"train": args.n_train, "test": args.n_test}
+        train_set, test = data.load_splits(args.dataset, sizes, args.data_dir, run.device).values()
         everything, tests = train_set, [test]
         if args.held_out >= 0:
             if train_set.y is None or not (test.y == args.held_out).any():

@@ -794,7 +794,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
         lambda x: {"bound_base_nats": objective(model, x, bound, False)["bound_nats"]},
         data.batches(test, args.eval_batch, device=device), device)
     judges = common.load_judges(train_set, test, run.judges, device, run.say)
-    inception = common.load_inception(args.data_dir, device)
+    inception = common.load_inception(args, device)
     real = common.reference(test, train_set, judges, inception, args.n_eval)
 
     def sample(n, steps=args.prior_steps if use_ebm else 0):
@@ -908,9 +908,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
-        sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
-                                 n_modalities=args.n_modalities).to(run.device)
-                for split, n in (("train", args.n_train), ("test", args.n_test))}
+        sizes = {"train": args.n_train, "test": args.n_test}
+        sets = data.load_splits(args.dataset, sizes, args.data_dir, run.device,
+                                n_modalities=args.n_modalities)
         try:
             model = MMVAEPlus(sets["train"].net_shapes, args)
             model.to(run.device, memory_format=torch.channels_last)

@@ -115,9 +115,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--noise_negatives", action=switch, default=False, help="N(0, I) pairs as negatives too")
     flag("--ema", type=number(float, 0, 0.99999), default=0.999, help="of the score net; 0: none")
     flag = p.add_argument_group("sampler").add_argument
-    flag("--sampler", default="ode", choices=["pc", "em", "ode"], help="em: pc, no corrector")
+    flag("--sampler", default="ode", choices=SAMPLERS, help="em: pc, no corrector")
     flag("--n_steps", type=number(int, 2), default=25, help="network calls; pc: two a step")
-    flag("--obs_noise", default="clean", choices=["fresh", "fixed", "official", "clean"],
+    flag("--obs_noise", default="clean", choices=OBS_NOISE,
          help="how observed latents enter; clean and masked: at time 0")
     flag("--corrector", default="fixed", choices=["fixed", "official"])
     flag("--snr", type=number(float, 0, open_low=True), default=0.16, help="of the corrector")
@@ -271,7 +271,8 @@ class Autoencoders(nn.Module):
         if len(shape) == 1:
             self.net = Attributes(shape[0], args.z_dim)
         elif shape not in RESNETS if args.ae_net == "resnet" else shape[1] % 4 or shape[2] % 4:
-            raise ValueError(f"--ae_net {args.ae_net} is not made for images of {shape}")
+            raise ValueError(f"--ae_net {args.ae_net} is not made for images of {shape}: patch "
+                             "takes multiples of 4, resnet 28x28, 32x32, 128x128; resize or pad")
         else:
             self.net = (ResNets if args.ae_net == "resnet" else Patches)(shape, g, args.z_dim)
         self.mu, self.decode = GroupedLinear(g, self.net.n_features, args.z_dim), self.net.decode
@@ -601,6 +602,9 @@ def guidance(energy, z: Tensor, t: Tensor, known: Tensor) -> Tensor:
     return torch.where(known[:, None], 0.0, -grad)
 
 
+SAMPLERS, OBS_NOISE = ("ode", "em", "pc"), ("fresh", "fixed", "official", "clean")
+
+
 @torch.no_grad()
 def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | None = None, *,
            sde: VPSDE, sampler: str = "ode", n_steps: int = 25, obs_noise: str = "fresh",
@@ -613,8 +617,10 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
     obs_noise    how observed ones enter: alpha z + sigma eps with new eps in each step (fresh) or
                  one (fixed), (alpha + sigma) z (official), z (clean)
     sampler      ode: n_steps score calls; em: the same; pc: two in each step
-    FloatingPointError if a sample is not finite.
+    FloatingPointError if a sample is not finite, ValueError for another word.
     """
+    if sampler not in SAMPLERS or obs_noise not in OBS_NOISE:
+        raise ValueError(f"no sampler {sampler!r}, or no obs_noise {obs_noise!r}")
     known, z_obs = torch.zeros(shape[1], dtype=torch.bool, device=device), \
         torch.zeros(shape, device=device)
     for j, value in (observed or {}).items():
@@ -864,16 +870,21 @@ def measure_joint(model: SBM, z: Tensor, judges, args, real) -> dict[str, float]
 
 
 def evaluate(model: SBM, sets: dict[str, data.Dataset], test: data.Dataset, args, run) -> dict:
-    """Coherence, distances, precision, recall, F1, sampler curve; guidance sweep: see there."""
+    """Losses, coherence, distances, precision, recall, F1, sampler curve, guidance sweep."""
     run.begin_evaluation()
     model.requires_grad_(False).eval()
     device, n = run.device, args.n_eval
     judges = common.load_judges(sets["train"], test, run.judges, device, run.say)
-    inception = common.load_inception(args.data_dir, device)
+    inception = common.load_inception(args, device)
     real = common.reference(test, sets["train"], judges, inception, n)
     real.features = {m: torch.cat([judge(x[m])[1] for x in data.batches(
         test, args.eval_batch, device=device, names=[m])]) for m, judge in judges.items()}
-    latents = encode_all(model, test, args, device).x["z"]
+    encoded, metrics = encode_all(model, test, args, device), {}
+    for name, loss_fn, dataset in (("ae", ae_loss, test), ("score", stage_score, encoded)):
+        found = common.mean_over(lambda x: loss_fn(model, x, args), data.batches(
+            dataset, args.eval_batch, device=device), device)
+        metrics |= {f"loss_{name}": found.pop("loss")} | found
+    latents = encoded.x["z"]
     images = [m for m in test.modalities if test.kinds[m] == "image"]
 
     def joint(n, **changes):
@@ -889,9 +900,9 @@ def evaluate(model: SBM, sets: dict[str, data.Dataset], test: data.Dataset, args
 
     apart = torch.stack([z[torch.randperm(len(z), generator=torch.Generator().manual_seed(j))]
                          for j, z in enumerate(latents.unbind(1))], 1)
-    metrics = {f"{k}{kind}": v for kind, z in (("_independent", apart), ("_reconstructed", latents),
-                                               ("", joint(n)))
-               for k, v in measure_joint(model, z, judges, args, real).items()}
+    metrics |= {f"{k}{kind}": v for kind, z in (
+        ("_independent", apart), ("_reconstructed", latents), ("", joint(n)))
+        for k, v in measure_joint(model, z, judges, args, real).items()}
     metrics |= measure_conditional(generate, test, judges, args, real)
     if judges:
         metrics |= compare_samplers(model, joint, generate, sets["val"], judges, args, run, real)
@@ -966,9 +977,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with common.open_run(args, __file__, argv) as run:
         common.seed_everything(args.seed)
         sizes = {"train": args.n_train, "val": args.n_train, "test": args.n_test}
-        sets = {split: data.load(args.dataset, split, args.data_dir, n=n,
-                                 n_modalities=args.n_modalities).to(run.device)
-                for split, n in sizes.items()}
+        sets = data.load_splits(args.dataset, sizes, args.data_dir, run.device,
+                                n_modalities=args.n_modalities)
         for name in ("vae_beta", "rae_lambda", "rae_sigma"):
             if args.dataset == "celebamask_hq" and len(getattr(args, name)) == 3:
                 setattr(args, name, getattr(args, name)[:len(sets["train"].shapes)])    # the .npz

@@ -1,5 +1,6 @@
 """Judges, the FID net, coherence and distances, on hand-made sets whose answers are known."""
 import hashlib
+from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -152,9 +153,26 @@ def test_reference_measures_the_real_data_and_then_a_model():
     assert not any("+" in key and key.startswith("frechet") for key in got)
     joint = common.coherence_joint(lambda b: test.take(slice(b)), JUDGES, N, N, real)
     assert joint["frechet_clf_c"] == pytest.approx(0, abs=1e-6)
+    alone = common.reference(test, train, {"a": JUDGES["a"]}, None)             # with whom to agree?
+    assert "coherence_ceiling" not in alone.metrics
     bare = common.reference(test, train, {}, lambda x: x.flatten(1)[:, :3])     # no labels
     joint = common.coherence_joint(lambda b: test.take(slice(b)), {}, N, N, bare)
     assert joint.keys() == {"fid_a", "fid_b", "fid_c"} and "fid_floor_a" in bare.metrics
+
+
+def test_reference_looks_at_all_of_a_sorted_set_and_takes_the_floor_from_train():
+    test, train = make_set("test"), make_set("train")
+    order = test.y.sort(stable=True).indices
+    test = data.Dataset(**vars(test) | {"y": test.y[order], "x": {
+        m: x[order] for m, x in test.x.items()}})
+    real = common.reference(test, train, JUDGES, None, n=50)
+    mean, _ = real.stats["frechet_clf", "a"]
+    assert mean[0].item() == pytest.approx(4.5 * 25 / 255, rel=0.05)            # all ten classes
+    train.x["a"] = (train.x["a"].float() + 20).byte()
+    moved = common.reference(test, train, JUDGES, None).metrics
+    shift = 2 * (20 / 255) ** 2                                                 # of two features
+    assert moved["frechet_clf_floor_a"] == pytest.approx(shift, rel=0.01)
+    assert moved["frechet_clf_floor_b"] == pytest.approx(0, abs=1e-6)
 
 
 # ---- Judges -------------------------------------------------------------------------------------
@@ -178,6 +196,12 @@ def test_judges_learn_are_cached_and_leave_the_random_state_alone(tmp_path, monk
         file.write_bytes(file.read_bytes()[:1000])                               # truncated
     again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
     assert len(trained) == 1 and torch.equal(again["b"](x)[0], logits)           # the same judge
+    (file,) = (tmp_path / "judges").glob("*.pt")
+    half = {k: v * 0 for k, v in torch.load(file, weights_only=True).items() if k != "head.bias"}
+    torch.save(half, file)                                                       # fits in part
+    again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
+    assert len(trained) == 2 and torch.equal(again["b"](x)[0], logits)
+    trained.pop()
     wrong = data.Dataset(**vars(test) | {"y": 1 - test.y})                       # other test data
     again = common.load_judges(train, wrong, tmp_path / "judges", "cpu", lines.append)
     assert len(trained) == 1 and again["b"].accuracy == 0.0
@@ -185,11 +209,18 @@ def test_judges_learn_are_cached_and_leave_the_random_state_alone(tmp_path, monk
     assert len(trained) == 2                                                     # other data
 
 
-def test_a_weak_judge_is_loud_and_unlabelled_data_have_none(tmp_path):
+def test_a_weak_judge_is_loud_and_unlabelled_data_have_none(tmp_path, monkeypatch):
     train, test, lines = make_set("train", 200, "a"), make_set("test", 50, "a"), []
     train.y[:] = train.y[torch.randperm(200)]
     common.load_judges(train, test, tmp_path, "cpu", lines.append)
     assert "WARNING" in "".join(lines)
+    train, test = make_set("train", 200, ("a", "svhn")), make_set("test", 1000, ("a", "svhn"))
+    for right, weak in ((960, []), (940, ["a"]), (910, ["a"]), (890, ["a", "svhn"])):
+        seen, lines = torch.where(torch.arange(1000) < right, test.y, -1), []
+        monkeypatch.setattr(common, "_measure", lambda _, judges, __: (dict.fromkeys(judges, seen),
+                                                                       {}))
+        common.load_judges(train, test, tmp_path, "cpu", lines.append)
+        assert [m for m in ("a", "svhn") if f"measured with {m}" in "".join(lines)] == weak
     bare = data.Dataset(x=train.x, y=None, kinds=train.kinds, name="toy", split="train")
     assert common.load_judges(bare, bare, tmp_path, "cpu") == {}
 
@@ -201,7 +232,12 @@ def test_fid_net_pools_like_the_tensorflow_graph():
         block = getattr(net, name)
         block.register_forward_hook(lambda _, i, o, name=name: seen.update({name: (i[0], o)}))
     grey = torch.rand(2, 1, 20, 20)
+    first, handle = [], net.Conv2d_1a_3x3.register_forward_hook(lambda _, i, o: first.append(i[0]))
     out = net(grey)
+    handle.remove()
+    eight_bit = (grey * 255).round().expand(-1, 3, -1, -1) / 255
+    torch.testing.assert_close(first[0], 2 * F.interpolate(eight_bit, (299, 299), mode="bilinear")
+                               - 1, rtol=0, atol=1e-6)
     assert out.shape == (2, 2048) and torch.equal(out, net(grey.expand(-1, 3, -1, -1)))
     assert torch.equal(out, net((grey * 255).round() / 255))                     # 8 bits
     for name, (x, y) in seen.items():
@@ -211,19 +247,25 @@ def test_fid_net_pools_like_the_tensorflow_graph():
         torch.testing.assert_close(y[:, -branch.shape[1]:], branch, rtol=1e-3, atol=0)
 
 
-def test_fid_weights_are_checked_and_their_absence_is_reported(tmp_path, monkeypatch, capsys):
-    assert common.load_inception(tmp_path, "cpu") is None                        # no network
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "pt_inception-2015-12-05-6726825d.pth" in said
+def test_fid_weights_are_checked_and_their_absence_is_reported(tmp_path, monkeypatch):
+    args = Namespace(fid=False, data_dir=tmp_path, device="cpu", out_dir=tmp_path / "runs",
+                     dataset="toy", seed=0, judges=None)
+    assert common.load_inception(args, "cpu") is None                            # not asked for
+    args.fid = True
+    for early in (lambda: common.open_run(args, __file__, []),                   # no network
+                  lambda: common.load_inception(args, "cpu")):
+        with pytest.raises(common.RunError, match="--fid: .*pt_inception.*6726825d.pth is missing"):
+            early()
+    assert not (tmp_path / "runs").exists()
     file = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     file.write_bytes(b"not the weights")
     with pytest.raises(common.RunError, match="6726825d"):
-        common.load_inception(tmp_path, "cpu")
+        common.load_inception(args, "cpu")
     weights = Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     torch.save({k: v for k, v in weights.items() if "num_batches" not in k}, file)  # as in 2015
     sha = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     file.rename(tmp_path / f"net-{sha}.pth")
     monkeypatch.setattr(common, "INCEPTION_URL", f"https://host/net-{sha}.pth")
-    net = common.load_inception(tmp_path, "cpu")
+    net = common.load_inception(args, "cpu")
     conv = net.Mixed_7c.branch_pool.conv.weight
     assert torch.equal(conv, weights["Mixed_7c.branch_pool.conv.weight"])

@@ -110,11 +110,15 @@ def test_generated_sets_are_pure_in_name_split_n_and_seed(tmp_path):
 
 
 def test_cache_damaged_or_unwritable(tmp_path):
-    first = load("synth_mnist", "test", tmp_path, n=50)
+    first = load("synth_mnist", "test", tmp_path, n=50, n_modalities=1)     # not an option of it
     (cached,) = (tmp_path / "synthetic").iterdir()      # and no temporary file beside it
-    cached.write_bytes(cached.read_bytes()[:500])
-    assert torch.equal(first.x["mnist"], load("synth_mnist", "test", tmp_path, n=50).x["mnist"])
-    assert zipfile.is_zipfile(cached)
+    whole = cached.read_bytes()
+    at = whole.index(b"PK\1\2")
+    for damaged in (whole[:500], whole[:at + 6] + b"\x6d" + whole[at + 7:]):   # zip version 10.9
+        cached.write_bytes(damaged)
+        again = load("synth_mnist", "test", tmp_path, n=50)
+        assert torch.equal(first.x["mnist"], again.x["mnist"]) and torch.equal(first.y, again.y)
+        assert zipfile.is_zipfile(cached)
     (tmp_path / "file").write_text("in the way")
     blocked = load("synth_mnist", "test", tmp_path / "file", n=50)
     assert torch.equal(first.x["mnist"], blocked.x["mnist"])
@@ -171,7 +175,7 @@ def test_shapes_share_full_or_hollow_and_nothing_else(tmp_path):
         assert abs(t[d.y == 0].mean() - t[d.y == 1].mean()) < 0.6                   # pixels
 
 
-@pytest.mark.parametrize("options", [dict(n_modalities=1), dict(n_modalities=17), dict(n=1)])
+@pytest.mark.parametrize("options", [dict(n_modalities=k) for k in (0, 1, 17)] + [dict(n=1)])
 def test_bad_options_are_refused(options, tmp_path):
     with pytest.raises(DataError, match="must"):
         load("synth_polymnist", "test", tmp_path, **options)
@@ -268,6 +272,8 @@ def test_mnist_svhn_never_leaks_and_pairs_by_class(tmp_path):
     for m in train.x:
         assert not keys(train.x[m]) & keys(val.x[m])
         assert torch.equal(train.modality(m)[1], train.pool_y[m])
+    np.savez(tmp_path / "svhn_test.npz", x=images(30, 32, 32, 3), y=np.arange(30) % 10, note="ours")
+    assert load("mnist_svhn", "test", tmp_path).note == "ours" and train.note == ""
     for seed in (1, 2):
         again = load("mnist_svhn", "test", tmp_path, seed=seed)
         assert all(torch.equal(again.rows[m], test.rows[m]) for m in test.rows)
@@ -294,9 +300,52 @@ def test_drop_in_files(tmp_path):
     assert torch.equal(d.x["left"][:, 1], torch.from_numpy(left[..., 1])[row])
     assert torch.equal(d.x["right"][:, 0], torch.from_numpy(right)[row])
     assert torch.equal(load("paired", "train", tmp_path).y, d.y)
-    np.savez(tmp_path / "paired_test.npz", left=left, type=right)          # a method of ModuleDict
-    with pytest.raises(DataError, match="'type' cannot name a modality"):
+    ten = [load("paired", split, tmp_path, n=20) for split in ("train", "val")]
+    assert [len(s) for s in ten] == [18, 2] and 4 < ten[0].y.sum() < 14    # though it is sorted
+    assert not keys(ten[0].x["left"]) & keys(ten[1].x["left"])
+
+
+@pytest.mark.parametrize("name", ["type", "training", "_modules", "head_a", "code_b", "two words"])
+def test_names_that_modules_or_scripts_need_are_refused(name, tmp_path):
+    np.savez(tmp_path / "paired_test.npz", left=images(5, 4, 4, 1), **{name: images(5, 4, 4, 1)})
+    with pytest.raises(DataError, match=f"'{name}' cannot name a modality"):
         load("paired", "test", tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(right=images(30, 3, 8, 8)), "1|3], not uint8 (30, 3, 8, 8)"),     # channels first
+    (dict(right=images(30, 8, 8, 2)), "(30, 8, 8, 2)"), (dict(right=None), "two modalities"),
+    (dict(right=images(29, 8, 8, 1)), "unequal lengths, {'left': 30, 'right': 29}"),
+    (dict(y=np.arange(30) - 3), "from -3 to 26"), (dict(labels=np.arange(30)), "labels y")])
+def test_wrong_pairs_are_named_with_the_layout(change, words, tmp_path):
+    arrays = dict(left=images(30, 8, 8, 3), right=images(30, 8, 8, 1)) | change
+    np.savez(tmp_path / "paired_test.npz", **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(DataError) as error:
+        load("paired", "test", tmp_path)
+    assert words in str(error.value) and "[n h w] or [n h w 1|3] for each" in str(error.value)
+
+
+def test_attributes_of_pairs_are_a_modality(tmp_path):
+    np.savez(tmp_path / "paired_test.npz", left=images(5, 4, 4, 3), attributes=images(5, 4, 4, 1))
+    d = load("paired", "test", tmp_path)
+    assert d.kinds == {"left": "image", "attributes": "image"}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, None), (dict(left=None, other=images(20, 8, 8, 3)), "modalities"),
+    (dict(right=images(20, 8, 9, 1)), "shapes"), (dict(y=None), "labels y of train and test")])
+def test_splits_that_do_not_fit_each_other_are_refused(change, words, tmp_path):
+    arrays = dict(left=images(20, 8, 8, 3), right=images(20, 8, 8, 1), y=np.arange(20) % 2)
+    for part, more in (("train", {}), ("test", change)):
+        np.savez(tmp_path / f"paired_{part}.npz",
+                 **{k: v for k, v in (arrays | more).items() if v is not None})
+    sizes = {"train": None, "val": None, "test": 10}
+    if words is None:
+        sets = data.load_splits("paired", sizes, tmp_path)
+        assert {split: len(d) for split, d in sets.items()} == {"train": 18, "val": 2, "test": 10}
+    else:
+        with pytest.raises(DataError, match=words):
+            data.load_splits("paired", sizes, tmp_path)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -341,7 +390,8 @@ def test_missing_files_name_the_synthetic_twin_and_leave_nothing(name, tmp_path)
     with pytest.raises(DataError) as error:
         load(name, "train", tmp_path)
     message = str(error.value)
-    assert data.TWINS[name] in message and str(tmp_path) in message and "\n" not in message
+    remedy = data.TWINS[name] if name != "paired" else "integer labels y"
+    assert remedy in message and str(tmp_path) in message and "\n" not in message
     assert not list(tmp_path.iterdir())
 
 
@@ -369,7 +419,37 @@ def test_download_is_kept_once_it_is_whole(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     first, second = load("svhn", "test", tmp_path), load("svhn", "test", tmp_path)
     assert calls == [False, True, False, True] and torch.equal(first.x["svhn"], second.x["svhn"])
+    assert torch.equal(first.x["svhn"], torch.from_numpy(images(20, 3, 32, 32)))       # upright
+    assert first.y.tolist() == [*range(10)] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["svhn_test.npz"]
+
+
+def test_torchvisions_sets_keep_images_and_labels_together(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data = images(30, 32, 32, 3)
+            self.targets = self.data[:, 0, 0, 0] % 10
+
+    class Faces:
+        attr = torch.tensor([[1] + 39 * [0], 39 * [0] + [1]])
+
+        def __init__(self, root, part, download):
+            pass
+
+        def __iter__(self):                                     # white in the crop, black outside
+            for grey in (255, 128):
+                picture = np.zeros((218, 178, 3), np.uint8)
+                picture[40:188, 15:163] = grey
+                yield Image.fromarray(picture), None
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    monkeypatch.setattr(torchvision.datasets, "CelebA", Faces)
+    d = load("cifar10", "test", tmp_path)
+    assert torch.equal(d.x["cifar10"][:, 0, 0, 0] % 10, d.y)
+    assert torch.equal(d.x["cifar10"].permute(0, 2, 3, 1), torch.from_numpy(images(30, 32, 32, 3)))
+    d = load("celeba", "test", tmp_path)
+    assert [v.unique().tolist() for v in d.x["image"]] == [[255], [128]]
+    assert torch.equal(d.x["attributes"], Faces.attr.byte())
 
 
 # ---- PolyMNIST ---------------------------------------------------------------------------------
@@ -419,6 +499,17 @@ def test_every_multimodal_script_takes_any_number_of_polymnist10s_modalities(scr
     parse_args, name = importlib.import_module(script).parse_args, ["--dataset", "polymnist10"]
     assert parse_args(name).n_modalities == 10
     assert parse_args([*name, "--n_modalities", "3"]).n_modalities == 3
+
+
+def test_polymnist_tells_what_it_is_built_from_and_refuses_a_small_picture(tmp_path):
+    y = np.arange(30) % 10
+    np.savez(tmp_path / "mnist_test.npz", x=images(30, 28, 28, 1), y=y, note="mine")
+    pictures = write_backgrounds(tmp_path, 5)
+    assert load("polymnist", "test", tmp_path).note.endswith("not the official files; mine")
+    (path, *_) = (tmp_path / "backgrounds").glob("*_x.jpg")
+    Image.fromarray(pictures[2][:, :27]).save(path)
+    with pytest.raises(DataError, match=f"{path.name} must have 28x28 pixels"):
+        load("polymnist", "test", tmp_path)
 
 
 def test_translated_polymnist_shrinks_and_moves(tmp_path):
@@ -485,7 +576,8 @@ def test_celebamask_from_a_folder_and_from_npz(tmp_path):
     assert len(d) == 11 and len(load("celebamask_hq", "val", tmp_path)) == 1 and d.y is None
     assert d.x["image"][:, 0, 5, 5].tolist() == [20 * i for i in range(11)]      # 10 after 9
     assert torch.equal(d.x["mask"][:, 0, 9].float().mean(1), torch.arange(11) * 5 * 255 / 128)
-    assert (d.x["attributes"][:, 9].numpy() == (signs[:11, 20] == 1)).all()      # Male
+    columns = [4, 5, 8, 9, 11, 12, 15, 17, 18, 20, 21, 22, 26, 28, 31, 32, 33, 35]
+    assert (d.x["attributes"].numpy() == (signs[:11][:, columns] == 1)).all()
     (folder / "train_mask" / "3.png").unlink()
     with pytest.raises(DataError, match="3.png"):
         load("celebamask_hq", "train", tmp_path)
@@ -521,6 +613,9 @@ def test_cub_pairs_each_caption_with_its_image(tmp_path):
     assert len({image.mean().item() for image in test.take(slice(20))["image"]}) > 10
     assert redraw(train, torch.Generator()) is train
     assert len(load("cub", "train", tmp_path, n=10)) == 90
+    other = cub / "text_testclasses.txt"                        # words of the test birds: <exc>
+    other.write_text(other.read_text().replace("word1 ", "unheard "))
+    assert "unheard" not in load("cub", "test", tmp_path).words
     rare = cub / "text_trainvalclasses.txt"
     rare.write_text(rare.read_text().replace("n7", "seldom", 3))
     assert "seldom" not in load("cub", "test", tmp_path).words

@@ -153,6 +153,18 @@ def test_r_hat_flags_what_has_not_mixed():
         common.ess(x[:3])
 
 
+def test_chain_report_sums_up_and_does_not_hide_chains_that_stick(tmp_path):
+    x = torch.randn(200, 4, 20)
+    found = common.chain_report(x, tmp_path / "a.png")
+    assert found["r_hat"] == common.split_r_hat(x).median().item()
+    assert found["r_hat_95"] == common.split_r_hat(x).quantile(0.95).item()
+    assert found["ess_per_step"] == pytest.approx(common.ess(x).mean().item() / 800)
+    assert found["autocorrelation_time"] == pytest.approx((800 / common.ess(x)).mean().item())
+    x[..., :4] = torch.arange(4)[:, None]                       # a fifth of the coordinates
+    found = common.chain_report(x, tmp_path / "a.png")
+    assert found["r_hat"] < 1.1 and found["r_hat_95"] == 1e6 and (tmp_path / "a.png").exists()
+
+
 # ---- Gaussian mixture ---------------------------------------------------------------------------
 def test_mixture_is_recovered_and_its_density_is_right():
     true = torch.tensor([0.3, 0.7]), torch.tensor([[-3.0, 0.0], [3.0, 1.0]]), \

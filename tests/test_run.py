@@ -69,7 +69,7 @@ def test_number_refuses_what_is_out_of_range(flag, text, capsys):
         parser.parse_args([f"{flag}={text}"])
     said = capsys.readouterr().err.splitlines()[-1]
     assert flag in said and text in said
-    allowed = {"--lr": "(0, 1]", "--free": "[-inf, inf]", "--n": "[0, inf]"}[flag]
+    allowed = {"--lr": "(0, 1]", "--free": "(-inf, inf)", "--n": "[0, inf)"}[flag]
     assert allowed in said or "invalid int" in said
 
 
@@ -90,23 +90,33 @@ def test_cli_turns_known_errors_into_a_line_and_a_code(error, code, capsys):
 def test_a_folder_is_claimed_by_one_run_and_not_overwritten(open_run, tmp_path):
     run = open_run()
     folder = tmp_path / "test_run" / "toy" / "0"
-    assert run.dir == folder and (folder / "source.py").read_text() == open(__file__).read()
+    assert run.dir == folder and {file.name for file in folder.iterdir()} == {".lock"}
+    run.start(nn.Linear(1, 1))
+    assert (folder / "source.py").read_text() == open(__file__).read()
     config = json.loads((folder / "config.json").read_text())
     assert config["ckpt_minutes"] == 5 and config["argv"] == ["--seed", "0"]
+    assert config["run"]["processes"] == 1 and config["run"]["device"] == "cpu"
     with pytest.raises(common.RunError, match="in use"):
         open_run()
     run.close()
     run = open_run()                                           # nothing was logged: free to reuse
     run.log(step=1, loss=1.0)
     run.close()
-    with pytest.raises(common.RunError, match="--overwrite"):
+    with pytest.raises(common.RunError, match="give --overwrite, or"):     # nothing to resume
         open_run()
-    with pytest.raises(common.RunError, match="no checkpoint.pt in .*toy"):
-        open_run(resume=True)
-    open_run(eval_only=True).close()
+    for flag in ("resume", "eval_only"):
+        with pytest.raises(common.RunError, match=f"--{flag}: there is no .*toy/0/checkpoint.pt"):
+            open_run(**{flag: True})
     (folder / "notes.txt").write_text("mine")
-    open_run(overwrite=True).close()
+    run = open_run(overwrite=True)
+    assert (folder / "metrics.jsonl").exists()                 # data or model may still be refused
+    run.start(nn.Linear(1, 1))
+    run.close()
     assert not (folder / "metrics.jsonl").exists() and (folder / "notes.txt").exists()
+    for bad, named in ((dict(checkpoint="x.pt"), "--checkpoint needs --resume or --eval_only"),
+                       (dict(overwrite=True, resume=True), "--overwrite would delete")):
+        with pytest.raises(common.RunError, match=named):
+            open_run(**bad)
     with pytest.raises(common.RunError, match="--device quantum"):
         open_run(device="quantum", out_dir=tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -182,12 +192,16 @@ def test_log_refuses_what_is_not_finite(open_run):
 
 def test_a_run_that_logged_nothing_finishes(open_run, tmp_path):
     open_run().save({"step": 3})
-    run = open_run(eval_only=True, out_dir=tmp_path / "new")    # --eval_only --checkpoint elsewhere
-    assert run.load(tmp_path / "test_run" / "toy" / "0" / "checkpoint.pt") == {"step": 3}
+    path = tmp_path / "test_run" / "toy" / "0" / "checkpoint.pt"
+    run = open_run(eval_only=True, checkpoint=str(path), out_dir=tmp_path / "new")     # elsewhere
+    assert run.load(path) == {"step": 3} and (run.dir / "config.json").exists()
     assert run.finish({"loss": 1.0}, "", 1) == {"loss": 1.0}
     (run.dir / "metrics.jsonl").write_text("")
     run.finish({"loss": 1.0}, "", 1)
     assert not (run.dir / "curves.png").exists()
+    (run.dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')   # torn
+    run.finish({"loss": 1.0}, "", 1)
+    assert (run.dir / "curves.png").exists()
 
 
 def test_a_file_that_is_no_checkpoint_is_named(open_run, tmp_path):
@@ -197,7 +211,10 @@ def test_a_file_that_is_no_checkpoint_is_named(open_run, tmp_path):
     run.save({"w": torch.ones(100)})
     whole = (run.dir / "checkpoint.pt").read_bytes()
     bad = tmp_path / "bad.pt"
-    for content in (b"", b"hello", whole[:50], whole[:len(whole) // 2], whole[:-1], whole[100:]):
+    at = whole.index(torch.ones(100).numpy().tobytes())
+    flipped = whole[:at + 40] + bytes([whole[at + 40] ^ 64]) + whole[at + 41:]
+    for content in (b"", b"hello", whole[:50], whole[:len(whole) // 2], whole[:-1], whole[100:],
+                    flipped):                                  # one byte of a weight
         bad.write_bytes(content)
         with pytest.raises(common.RunError, match="bad.pt"):
             run.load(bad)
@@ -211,6 +228,25 @@ def test_a_file_that_is_no_checkpoint_is_named(open_run, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_refused_resume_leaves_the_folder_as_it_was(open_run):
+    run = open_run(z_dim=3)
+    run.start(nn.Linear(1, 1))
+    run.save({"step": 1})
+    run.close()
+    before = {file.name: file.read_bytes() for file in run.dir.iterdir()}
+    again = open_run(z_dim=4, resume=True)
+    again.start(nn.Linear(2, 1))
+    with pytest.raises(common.RunError, match="--z_dim 3, not 4"):
+        again.load()
+    again.close()
+    assert {file.name: file.read_bytes() for file in run.dir.iterdir()} == before
+    good = open_run(z_dim=3, resume=True, ckpt_minutes=1.0)
+    good.start(nn.Linear(1, 1))
+    good.load()
+    config = json.loads((run.dir / "config.json").read_text())
+    assert config["ckpt_minutes"] == 1 and config["resume"] is True
+
+
 def test_flags_that_differ_from_the_checkpoints_are_refused(open_run):
     run = open_run(z_dim=3, hmc_steps=5)
     run.save({})
@@ -219,7 +255,8 @@ def test_flags_that_differ_from_the_checkpoints_are_refused(open_run):
     with pytest.raises(common.RunError, match="--hmc_steps 5"):
         run.load()
     run.args.hmc_steps, run.args.sigmoid = 5, False                        # a later version's flag
-    with pytest.raises(common.RunError, match="--sigmoid .no such flag then., not False"):
+    run.args.z_dim = 4
+    with pytest.raises(common.RunError, match="--z_dim 3, not 4; --sigmoid .no such flag then., "):
         run.load()
 
 
@@ -297,11 +334,11 @@ def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypat
     assert not run.checkpoint_due()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5                                     # at 0, 15, 30, 45, 60 s
-    assert lines[2] == "joint  epoch 1/2  step 30/120  loss 0.5  12/s  ETA 1.5 min"
+    assert lines[2] == "joint  epoch 2/2  step 30/120  loss 0.5  12/s  ETA 1.5 min"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     run.progress("flow", 1, 2, 1, 9, 12)
     run.say("done")
-    assert capsys.readouterr().out == "\r\x1b[Kflow  epoch 1/2  step 1/9\r\x1b[Kdone\n"
+    assert capsys.readouterr().out == "\r\x1b[Kflow  epoch 2/2  step 1/9\r\x1b[Kdone\n"
 
 
 def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
