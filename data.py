@@ -214,12 +214,12 @@ def load_splits(name: str, sizes: dict[str, int | None], data_dir="datasets", de
     that do not fit each other."""
     sets = {split: load(name, split, data_dir, n, **options).to(device)
             for split, n in sizes.items()}
-    for split, found in sets.items():
-        for what, kind in (("modalities", lambda s: s.modalities), ("shapes", lambda s: s.shapes),
-                           ("labels y", lambda s: "none" if s.y is None else "some")):
-            first = next(iter(sets.values()))
-            _require(kind(found) == kind(first), f"{name} in {data_dir}: {what} of {first.split} "
-                     f"and {split} differ, {kind(first)} and {kind(found)}")
+    for what, of in (("modalities", lambda s: s.modalities), ("shapes", lambda s: s.shapes),
+                     ("labels y", lambda s: "none" if s.y is None else "some")):
+        (first, one), *others = ((split, of(found)) for split, found in sets.items())
+        for split, other in others:
+            _require(other == one, f"{name} in {data_dir}: {what} of {first} and {split} differ, "
+                     f"{one} and {other}")
     return sets
 
 

@@ -7,7 +7,7 @@
 # A finished row is skipped, a broken-off one resumed; after N minutes the run at hand saves its
 # checkpoint and the rest is listed as left. Runs live in runs/results/<variant>. --publish copies
 # their result.json and pictures to results/ and rewrites the tables; rows of real data need DIR,
-# rows `full`, the papers' configurations, a GPU as well: they come first with --device cuda. The
+# rows `full`, the papers' configurations, a GPU as well (and have FIDs if DIR has the weights). The
 # ablations of ebm_revision, five seeds, come last. --list prints the commands and runs none.
 set -u
 cd "$(dirname "$0")/.."
@@ -209,6 +209,9 @@ while read -r script dataset variant seed flags; do
     # shellcheck disable=SC2206
     command=(python "$script.py" --dataset "$dataset" --seed "$seed" --out_dir "$out"
              --judges runs/judges --device "$device" --data_dir "${data_dir:-datasets}" $flags)
+    if [[ "$variant" == full && -e "$data_dir/pt_inception-2015-12-05-6726825d.pth" ]]; then
+        command+=(--fid)
+    fi
     if [ "$list" = 1 ]; then
         echo "${command[*]}"; continue
     elif [ -e "$folder/result.json" ]; then

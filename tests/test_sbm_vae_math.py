@@ -566,3 +566,9 @@ def test_agreement_curves_by_hand():
     found = sbm_vae.agreement(classes)
     assert [found[f"agree_anchored_{k}"] for k in (2, 3, 4)] == [0.5, 0.25, 0.25]
     assert [found[f"agree_majority_{k}"] for k in (2, 3, 4)] == [0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("word", [dict(sampler="ODE"), dict(obs_noise="none")])
+def test_sample_refuses_words_that_it_does_not_know(word):
+    with pytest.raises(ValueError, match="ODE|none"):
+        sample(lambda z, t: -z, (5, M, D), sde=SDE, **word)
