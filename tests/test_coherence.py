@@ -153,7 +153,7 @@ def test_reference_measures_the_real_data_and_then_a_model():
     assert not any("+" in key and key.startswith("frechet") for key in got)
     joint = common.coherence_joint(lambda b: test.take(slice(b)), JUDGES, N, N, real)
     assert joint["frechet_clf_c"] == pytest.approx(0, abs=1e-6)
-    alone = common.reference(test, train, {"a": JUDGES["a"]}, None)             # with whom to agree?
+    alone = common.reference(test, train, {"a": JUDGES["a"]}, None)            # with whom to agree?
     assert "coherence_ceiling" not in alone.metrics
     bare = common.reference(test, train, {}, lambda x: x.flatten(1)[:, :3])     # no labels
     joint = common.coherence_joint(lambda b: test.take(slice(b)), {}, N, N, bare)
