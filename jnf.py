@@ -21,7 +21,7 @@ Algorithm
   |S| = 1 the flow's inverse; all modalities q(z|X); otherwise HMC.
 
 Usage
-  python jnf.py                                          synthetic digits, minutes on two CPU cores
+  python jnf.py              synthetic digits, 10 minutes on one CPU thread: given one 0.95
   python jnf.py --dataset mnist_svhn --data_dir DIR      the authors' setting; --help lists flags
   python jnf.py --shared contrastive                     JNF-Shared;  results: results/README.md
 
