@@ -578,12 +578,12 @@ def cli(main) -> None:
 
 def number(kind, low=-math.inf, high=math.inf, open_low: bool = False):
     """argparse type: a finite int or float in [low, high], or in (low, high]."""
-    interval = "[("[open_low or low == -math.inf] + f"{low}, {high}" + "])"[high == math.inf]
+    left, right = "(" if open_low or low == -math.inf else "[", ")" if high == math.inf else "]"
 
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or abs(value) == math.inf or open_low and value == low:
-            raise argparse.ArgumentTypeError(f"{text} is outside {interval}")   # also nan
+            raise argparse.ArgumentTypeError(f"{text} is outside {left}{low}, {high}{right}")
         return value
     parse.__name__ = kind.__name__                              # "invalid int value"
     return parse
@@ -755,6 +755,9 @@ class Run(ExitStack):
         parts = "  ".join(f"{name} {size:,}" for name, size in self._sizes.items() if size)
         self.say(f"{self.script}  {self.args.dataset}  seed {self.args.seed}  "
                  f"{self._about['device']}  {self.dir}\nparameters: {parts}")
+        made = [*map(self.dir.joinpath, RUN_FILES), *self.dir.glob("layer_*.png")]
+        for old in made if self.args.overwrite and self.rank == 0 else []:
+            old.unlink(missing_ok=True)
         if not (self.args.resume or self.args.eval_only):                   # these: in load
             self._describe()
 
@@ -762,9 +765,6 @@ class Run(ExitStack):
         """config.json and source.py, by rank 0, once nothing of the run can be refused any more."""
         path, args = self.dir / "config.json", self.args
         if self.rank == 0 and not (args.eval_only and path.exists()):
-            made = [*map(self.dir.joinpath, RUN_FILES), *self.dir.glob("layer_*.png")]
-            for old in made if args.overwrite else []:
-                old.unlink(missing_ok=True)
             _write_json(path, vars(args) | {
                 "argv": self.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "run": self._about, "parameters": self._sizes})

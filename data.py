@@ -52,6 +52,8 @@ SYNTHETIC = {"synth_mnist_svhn": ("mnist", "svhn"), "synth_mnist": ("mnist",),
              "synth_svhn": ("svhn",), "shapes": ("circle", "square"),
              "synth_polymnist": tuple(f"m{i}" for i in range(16))}
 FACE = (4, 5, 8, 9, 11, 12, 15, 17, 18, 20, 21, 22, 26, 28, 31, 32, 33, 35)    # of 40 attributes
+SHARE = {"train": lambda n: n - max(n // 10, 1), "val": lambda n: max(n // 10, 1),
+         "test": lambda n: n}               # of n tuples; val takes its share from train
 SYNTHETIC_VERSION = 10                      # raise it when the same seed gives other images
 NAMES = (*SYNTHETIC, *TWINS)
 
@@ -351,8 +353,7 @@ def _from_files(name: str, split: str, data_dir: Path, n: int | None) -> Dataset
     if name != "paired":
         return _split(found, n)
     found = _shuffled(_split(found, None))                      # before n: all classes are in it
-    n_val = max((n or 0) // 10, 1)
-    return found.head(n and {"train": n - n_val, "val": n_val, "test": n}[split])
+    return found.head(n and SHARE[split](n))
 
 
 def _checked(name: str, path: Path,
@@ -584,8 +585,7 @@ def _synthetic(name: str, split: str, data_dir: Path, n: int | None, n_modalitie
         _require(2 <= n_modalities <= 16, f"n_modalities must lie in 2..16, not {n_modalities}")
         names = names[:n_modalities]
     n = n or (5_000 if split == "test" else 30_000)
-    n_val = max(1, n // 10)
-    n_split = {"train": n - n_val, "val": n_val, "test": n}[split]
+    n_split = SHARE[split](n)
     key = (name, split, n, seed)
     y = torch.randperm(n_split, generator=_generator(*key)) % (2 if name == "shapes" else 10)
     file = f"{name}_{len(names)}_{split}_{n}_{seed}_v{SYNTHETIC_VERSION}.npz"

@@ -564,10 +564,10 @@ def train_stage(model: JNF, index: int, stage: tuple, sets: list[data.Dataset], 
     per_epoch = max(len(train_set) // batch, 1)
     total = min(n_epochs * per_epoch, args.max_steps or n_epochs * per_epoch)
     seed = args.seed * 10**6 + index * 10**5
+    step, best = 0, {"loss": math.inf, "model": model.state_dict()}
     if state is None:                          # a stage's noise does not depend on those before it
         torch.manual_seed(seed + 10**9 * (run.rank + 1))
-    step, best = 0, {"loss": math.inf, "model": model.state_dict()}
-    if state is not None:
+    else:
         opt.load_state_dict(state["opt"])
         schedule.load_state_dict(state["schedule"])
         step, best = state["step"], state["best"]

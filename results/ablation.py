@@ -51,8 +51,8 @@ def branch(checkpoint: Path, args: argparse.Namespace, folder: Path) -> None:
 def main(argv: list[str]) -> dict[str, dict[str, float]]:
     """{variant: {metric: value}}; RunError if a finished variant had other flags."""
     p = argparse.ArgumentParser("ablation.py", allow_abbrev=False, add_help=False)
-    p.add_argument("--variants", nargs="+", default=[*VARIANTS, LONGER],
-                   choices=[*VARIANTS, LONGER])
+    names = [*VARIANTS, LONGER]
+    p.add_argument("--variants", nargs="+", default=names, choices=names)
     chosen, argv = p.parse_known_args(argv)
     args = ebm_revision.parse_args(argv)
     root, table = Path(args.out_dir) / "ablation" / args.dataset, {}
