@@ -230,6 +230,29 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
     return "\n".join(rows)
 
 
+MIXING = [         # chain, script, data set, row
+    ("HMC, product of two flows", "jnf", "synth_mnist_svhn", "default"),
+    ("the same, Gaussian experts", "jnf", "synth_mnist_svhn", "gaussian"),
+    ("the same, flows", "jnf", "polymnist", "8000-steps"),
+    ("Langevin, prior of z", "latent_ebm_prior", "synth_polymnist", "default"),
+    ("the same, in units of z (D10)", "latent_ebm_prior", "synth_polymnist", "whiten"),
+    ("Langevin, prior of all layers", "joint_layer_ebm", "synth_svhn", "default"),
+    ("the same", "joint_layer_ebm", "mnist", "two-stage"),
+    ("Langevin, pixels", "ebm_revision", "synth_mnist_svhn", "default")]
+
+
+def mixing() -> str:
+    """How the scripts' chains mix when they run for much longer than in use."""
+    columns = [*CHAINS, ("accepted", "accept_rate")]
+    head = ["script", "chain", "data set, row", *(name for name, _ in columns), "seeds"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for chain, script, dataset, variant in MIXING:
+        results = seeds(script, dataset, variant)
+        cells = [script, chain, f"{dataset}, `{variant}`", *(cell(results, k) for _, k in columns)]
+        rows.append("| " + " | ".join([*cells, str(len(results))]) + " |")
+    return "\n".join(rows)
+
+
 INFERENCE = [      # data, variants (data set/row) without and with posterior chains
     ("synthetic pairs", "synth_mnist_svhn", "default", "mcmc-small-step"),
     ("the same, w of r_m", "synth_mnist_svhn", "aux", "mcmc-small-step-aux"),
@@ -365,7 +388,7 @@ def main() -> int:
              "toy": intervals("toy", toy, "chains"), "benchmark": benchmark(),
              "ablation": intervals("ablation", ablated, "variant"),
              "ablation_faded": intervals("ablation-faded", ablated, "variant"),
-             "inference": inference(), "imposed": imposed(),
+             "mixing": mixing(), "inference": inference(), "imposed": imposed(),
              "joint_layer_anomaly": anomaly(), "joint_layer_ood": ood()}
     pages = [ROOT / "README.md", ROOT / "results/README.md"]
     filled = [fill(page.read_text(), made) for page in pages]
