@@ -9,10 +9,10 @@ generated: synth_mnist_svhn (mnist 1x28x28, svhn 3x32x32), synth_mnist, synth_sv
 from files: mnist_svhn (mnist, svhn); polymnist, translated_polymnist (m0 .. m4), polymnist10;
     mnist, fashion_mnist, svhn, cifar10; celeba (image 3x64x64, attributes 40); celebamask_hq
     (image 3x128x128, mask 1x128x128, attributes 18); cub (image 3x64x64, caption of 32 tokens);
-    paired (your own)
+    your own: paired (any names and sizes), images (image)
 
 Files <name>_<train|test>.npz in data_dir stand in for downloads: x [n h w c] uint8, y [n] and, if
-any, attributes and note; for "paired" one uint8 array [n h w c] or [n h w] a modality, y, note. val
+any, attributes and note; "paired" has an array [n h w c] or [n h w] a modality instead of x. val
 is the last 10 % of each class of the training file. Pools are uint8 and become float32 in batches.
 """
 import contextlib
@@ -45,9 +45,9 @@ SINGLE = {"mnist": ("MNIST", (28, 28, 1)), "fashion_mnist": ("FashionMNIST", (28
 OFFICIAL = {"polymnist": "MMNIST", "polymnist10": "Upd10MMNIST",    # folders of the releases
             "translated_polymnist": "Translated_MMNIST_scale_75_translated_True"}
 TWINS = {"mnist": "synth_mnist", "fashion_mnist": "synth_mnist", "mnist_svhn": "synth_mnist_svhn",
-         **dict.fromkeys(("svhn", "cifar10", "celeba"), "synth_svhn"),
-         **dict.fromkeys(OFFICIAL, "synth_polymnist"), "celebamask_hq": "synth_polymnist",
-         **dict.fromkeys(("cub", "paired"), "synth_mnist_svhn")}
+         **dict.fromkeys(("svhn", "cifar10", "celeba"), "synth_svhn"), "cub": "synth_mnist_svhn",
+         **dict.fromkeys(OFFICIAL, "synth_polymnist"), "celebamask_hq": "synth_polymnist"}
+OWN = {"paired": "for each modality", "images": "x"}                # any size, any classes or none
 SYNTHETIC = {"synth_mnist_svhn": ("mnist", "svhn"), "synth_mnist": ("mnist",),
              "synth_svhn": ("svhn",), "shapes": ("circle", "square"),
              "synth_polymnist": tuple(f"m{i}" for i in range(16))}
@@ -55,7 +55,7 @@ FACE = (4, 5, 8, 9, 11, 12, 15, 17, 18, 20, 21, 22, 26, 28, 31, 32, 33, 35)    #
 SHARE = {"train": lambda n: n - max(n // 10, 1), "val": lambda n: max(n // 10, 1),
          "test": lambda n: n}               # of n tuples; val takes its share from train
 SYNTHETIC_VERSION = 10                      # raise it when the same seed gives other images
-NAMES = (*SYNTHETIC, *TWINS)
+NAMES = (*SYNTHETIC, *TWINS, *OWN)
 
 
 class DataError(OSError):
@@ -205,8 +205,8 @@ def load(name: str, split: str, data_dir="datasets", n: int | None = None,
             return _cub(split, data_dir, n)
         return _from_files(name, split, data_dir, n)
     except DataError as error:
-        remedy = f"{TWINS[name]} needs no files" if name != "paired" else \
-            "it takes a uint8 array [n h w] or [n h w 1|3] for each modality and integer labels y"
+        remedy = f"{TWINS[name]} needs no files" if name not in OWN else \
+            f"it takes a uint8 array [n h w] or [n h w 1|3] {OWN[name]} and integer labels y"
         raise DataError(f"{name}: {error}; {remedy}") from error
 
 
@@ -335,11 +335,11 @@ def _torchvision(name: str, part: str, path: Path) -> dict[str, np.ndarray]:
 
 
 def _from_files(name: str, split: str, data_dir: Path, n: int | None) -> Dataset:
-    """One image modality (celeba: and attributes), or the arrays of the user's paired_*.npz."""
+    """One image modality (celeba: and attributes), or the user's paired_*.npz or images_*.npz."""
     part, prefix = ("test", "t10k") if split == "test" else ("train", "train")
     path = data_dir / f"{name}_{part}.npz"
     images = data_dir / "MNIST" / "raw" / f"{prefix}-images-idx3-ubyte.gz"
-    if path.exists() or name == "paired":
+    if path.exists() or name in OWN:
         arrays = _read_npz(path)
     elif name == "mnist" and images.exists():
         path, labels = images, images.with_name(f"{prefix}-labels-idx1-ubyte.gz")
@@ -350,7 +350,7 @@ def _from_files(name: str, split: str, data_dir: Path, n: int | None) -> Dataset
     x, y = _checked(name, path, arrays)
     kinds = dict.fromkeys(x, "image") | ({"attributes": "binary"} if name == "celeba" else {})
     found = Dataset(x, y, kinds, name, split, note)
-    if name != "paired":
+    if name not in OWN:
         return _split(found, n)
     found = _shuffled(_split(found, None))                      # before n: all classes are in it
     return found.head(n and SHARE[split](n))
@@ -359,11 +359,11 @@ def _from_files(name: str, split: str, data_dir: Path, n: int | None) -> Dataset
 def _checked(name: str, path: Path,
              arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], Tensor | None]:
     """x and y of a Dataset from the arrays of a file, or a DataError that says what is wrong."""
-    y, top = arrays.pop("y", None), np.inf if name == "paired" else 9
+    y, top = arrays.pop("y", None), np.inf if name in OWN else 9
     need = {"celeba": {"x", "attributes"}, "paired": set(arrays)}.get(name, {"x"})
-    wanted = "two modalities or more" if name == "paired" else f"keys {sorted(need)} and y"
+    wanted = "two modalities or more" if name == "paired" else f"keys {sorted(need)}, y"
     _require(len(need) > (name == "paired") and need <= set(arrays)
-             and (y is not None or name in ("celeba", "paired")),
+             and (y is not None or name in ("celeba", *OWN)),
              f"{path} must have {wanted}, not {sorted(arrays)}")
     x, shape = {}, SINGLE[name][1] if name in SINGLE else None
     for key in sorted(need if name == "paired" else {"x"}, key=list(arrays).index):
@@ -371,7 +371,7 @@ def _checked(name: str, path: Path,
         ok = v.dtype == np.uint8 and v.ndim == 4 and len(v) > 0 and v.shape[3] in (1, 3)
         _require(ok and shape in (None, v.shape[1:]), f"{path}: {key} must be uint8 "
                  f"[n {shape or 'h w'}] or [n h w 1|3], not {v.dtype} {v.shape}")
-        m = key if name == "paired" else "image" if name == "celeba" else name
+        m = key if name == "paired" else "image" if name in ("celeba", "images") else name
         _require(m.isidentifier() and not hasattr(torch.nn.ModuleDict(), m)
                  and not m.startswith(("head_", "code_", "q_")),            # names of jnf.py's
                  f"{path}: {m!r} cannot name a modality: take another word")

@@ -60,7 +60,7 @@ ANOMALY = SYNTH | dict(scheme="two_stage", net="mlp", width=256, z_dims=[1, 1, 6
                        batch_size=200, lr_ebm=2e-3, epochs_backbone=35, epochs=12, decay=False)
 PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": ANOMALY, "fashion_mnist": DIGITS,
            "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
-           "celeba": dict(net="celeba", z_dims=[100, 100])}
+           "celeba": dict(net="celeba", z_dims=[100, 100]), "images": SYNTH}
 DEEP = dict(net="deep", width=32, batch_size=100, f_hidden=[200], prior_steps=20,
             prior_step_size=0.1, lr=1e-3, lr_ebm=1e-4)
 VAE_FIRST = dict(epochs_backbone=100, epochs=10)
@@ -802,8 +802,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         out = data.load(args.ood, "test", args.data_dir).to(run.device) if args.ood else None
         if out and out.shapes[out.modalities[0]] != shape:
             raise common.RunError(f"--ood {args.ood}: its images are not of {shape}")
-        if args.net in STACKS and shape[1] != (64 if args.net == "celeba" else 32):
-            raise common.RunError(f"--net {args.net} is not made for images of {shape}; try ladder")
+        side = {"celeba": 64, "ladder": shape[1]}.get(args.net, 32)
+        if args.net in (*STACKS, "ladder") and shape[1:] != (side, side):
+            raise common.RunError(f"--net {args.net} is not made for images of {shape}; try "
+                                  + ("mlp" if args.net == "ladder" else "ladder"))
         model = JointEBM(shape, args)
         model.to(run.device, memory_format=torch.channels_last).eval()
         run.start(model)
@@ -817,10 +819,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             auprc = train(model, train_set, tests, args, run)
         args.n_eval = min(args.n_eval, len(test))
         metrics = evaluate(model, everything, train_set, tests, out, auprc, args, run)
-        note = train_set.note
-        if out:
-            note += f"; --ood {out.name}: {len(out)} images, {out.note}"
-        return run.finish(metrics, note, args.n_eval)
+        more = f"; --ood {out.name}: {len(out)} images, {out.note}" if out else ""
+        return run.finish(metrics, train_set.note + more, args.n_eval)
 
 
 if __name__ == "__main__":

@@ -305,6 +305,19 @@ def test_drop_in_files(tmp_path):
     assert not keys(ten[0].x["left"]) & keys(ten[1].x["left"])
 
 
+def test_own_images_have_any_size_and_any_classes_or_none(tmp_path):
+    x = images(40, 22, 18, 1)[..., 0]
+    np.savez(tmp_path / "images_train.npz", x=x, y=np.arange(40) // 2)
+    np.savez(tmp_path / "images_test.npz", x=x[:9], note="mine")
+    train, test = load("images", "train", tmp_path), load("images", "test", tmp_path, n=7)
+    assert train.shapes == {"image": (1, 22, 18)} and set(train.y.tolist()) == {*range(20)}
+    assert test.y is None and len(test) == 7 and test.note == "mine"
+    assert keys(test.x["image"]) <= keys(torch.from_numpy(x[:9, None]))
+    np.savez(tmp_path / "images_test.npz", left=x)
+    with pytest.raises(DataError, match=r"keys \['x'\].* not \['left'\]; .*1\|3\] x and integer"):
+        load("images", "test", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["type", "training", "_modules", "head_a", "code_b", "two words"])
 def test_names_that_modules_or_scripts_need_are_refused(name, tmp_path):
     np.savez(tmp_path / "paired_test.npz", left=images(5, 4, 4, 1), **{name: images(5, 4, 4, 1)})
@@ -390,7 +403,7 @@ def test_missing_files_name_the_synthetic_twin_and_leave_nothing(name, tmp_path)
     with pytest.raises(DataError) as error:
         load(name, "train", tmp_path)
     message = str(error.value)
-    remedy = data.TWINS[name] if name != "paired" else "integer labels y"
+    remedy = data.TWINS.get(name, "integer labels y")
     assert remedy in message and str(tmp_path) in message and "\n" not in message
     assert not list(tmp_path.iterdir())
 

@@ -263,6 +263,21 @@ def test_two_processes_train_as_one_at_the_same_global_batch(folder):
     assert len(lines(two)) == len(lines(run_dir(folder)))
 
 
+def test_own_images_of_any_square_size_train_without_labels(folder, monkeypatch, capsys):
+    monkeypatch.setattr(common, "load_judges", lambda *_: {})
+    images = np.random.default_rng(0).integers(0, 255, (60, 22, 22), np.uint8)
+    for split in ("train", "test"):
+        np.savez(folder / f"images_{split}.npz", x=images)
+    own = flags(folder, "--epochs", "1", "--epochs_backbone", "1", dataset="images")
+    metrics = jl.main(own)
+    assert 0 < metrics["recon_mse"] < 1 and "frechet_clf" not in metrics
+    np.savez(folder / "images_train.npz", x=images[:, :20])
+    np.savez(folder / "images_test.npz", x=images[:, :20])
+    with pytest.raises(common.RunError, match="--net ladder .* try mlp"):
+        jl.main([*own, "--overwrite"])
+    jl.main([*own, "--overwrite", "--net", "mlp"])
+
+
 # ---- Bad input -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments, words", [
     (["--dataset", "mnits"], "--dataset"), (["--scheme", "gan"], "--scheme"),
