@@ -31,8 +31,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure                            # no display, no pyplot
 from torch import Tensor, nn
-from torchvision.models.inception import Inception3
-from torchvision.utils import make_grid
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")        # ends in its sha256's first digits
@@ -221,6 +219,7 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
 def _inception() -> nn.Module:
     """x [b 1|3 h w] in [0, 1] -> pool3 [b 2048] as TensorFlow's graph of 2015; random weights. Its
     means leave out the padding and its last block takes the maximum, unlike torchvision's."""
+    from torchvision.models.inception import Inception3         # takes seconds: not for --help
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     net.fc = nn.Identity()
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
@@ -506,6 +505,7 @@ def _save_rows(path, rows: list[list[tuple]], reach: float = 1.0) -> None:
 
 def _tile(images: Tensor, n_cols: int, side: int = 64) -> Tensor:
     """Images [n c h w], grey or colour, in rows of n_cols square cells on white: [3 H W]."""
+    from torchvision.utils import make_grid
     images = F.interpolate(images.detach().float().cpu(), (side, side), mode="nearest-exact")
     return make_grid(images.clamp(0, 1), n_cols, padding=2, pad_value=1)
 
@@ -859,14 +859,13 @@ class Run(ExitStack):
         if other:
             raise RunError(f"{path} was made with {'; '.join(other)}: give the same flags, or "
                            "train anew with another --out_dir")
-        if self.args.eval_only:
-            if kept["state"].get("stage", stages) < stages:
-                raise RunError(f"{path}: its training is not finished, give --resume")
-            self._describe()
-            if path.resolve() == own.resolve():
-                self._start = time.monotonic() - kept["wall_s"]
-            return kept["state"]
+        if self.args.eval_only and kept["state"].get("stage", stages) < stages:
+            raise RunError(f"{path}: its training is not finished, give --resume")
         self._describe()
+        if mine := path.resolve() == own.resolve():
+            self._start = time.monotonic() - kept["wall_s"]
+        if self.args.eval_only:
+            return kept["state"]
         self.rollbacks, rng = kept.get("rollbacks", 0), kept["rng"]
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
@@ -874,10 +873,8 @@ class Run(ExitStack):
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         self._part_noise()
-        if path.resolve() == own.resolve():
-            self._start = time.monotonic() - kept["wall_s"]
-            if self.rank == 0 and log.exists():
-                os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
+        if mine and self.rank == 0 and log.exists():
+            os.truncate(log, min(kept["log_bytes"], log.stat().st_size))
         return kept["state"]
 
     def rollback(self, reason: str) -> dict:
@@ -903,6 +900,7 @@ class Run(ExitStack):
         self.stop_requested = self._signal
         if self.stop_requested:                                             # after the last step
             self.stop()
+        self.say(f"evaluation, {self.wall_s() / 60:.1f} minutes in: it may take some, in silence")
         torch.manual_seed(self.args.seed)
 
     def time_samples(self, sample) -> None:

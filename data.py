@@ -33,7 +33,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.datasets
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
@@ -309,6 +308,7 @@ def _torchvision(name: str, part: str, path: Path) -> dict[str, np.ndarray]:
     """torchvision's copy in the folder of path; else its download (md5 checked) to a temporary
     folder, kept as the .npz path. SVHN 73,257 + 26,032 (225 + 80 MB), label 0 for digit 0; CIFAR-10
     50,000 + 10,000 (154 + 31 MB); CelebA 162,770 + 19,962 (2.0 + 0.25 GB), minutes to decode."""
+    import torchvision.datasets                                 # takes seconds: not for --help
     def arrays(root, download):
         make = getattr(torchvision.datasets, SINGLE[name][0])
         data = make(root, part if name in ("svhn", "celeba") else part == "train",

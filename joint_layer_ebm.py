@@ -68,6 +68,7 @@ TWO_STAGE = {"svhn": VAE_FIRST, "celeba": VAE_FIRST, "cifar10": dict(           
     width=128, groups=[4, 4, 4], group_dim=20, batch_size=64, epochs=10, epochs_backbone=400,
     kl_warmup=20_000, free_bits=1.0)}
 AUPRC = ("auprc", "auprc_plain", "auprc_five", "auprc_five_plain")         # anomaly_auprc
+SWEEP = (0, 10, 20, 40, 60, 100)                                           # prior steps measured
 EVAL_FLAGS = ("ood", "ood_samples", "ood_steps", "long_steps")             # not for training
 STACKS = {"cifar": (8, [1024, 512, 256]), "svhn": (4, [512, 256, 128]),    # first kernel, widths
           "celeba": (4, [512, 256, 128, 64])}
@@ -697,7 +698,7 @@ def quality(model: JointEBM, judges, real, m: str, args, run) -> dict[str, float
     z = torch.cat([model.prior.sample(min(args.eval_batch, args.n_eval - i), run.device)
                    for i in range(0, args.n_eval, args.eval_batch)])
     done, metrics, pictures = 0, {}, {}
-    for k in sorted({0, 10, 20, 40, 60, 100, args.prior_steps}):
+    for k in sorted({*SWEEP, args.prior_steps}):
         z, done = torch.cat([chain(model, part, k - done, args.prior_step_size, args)
                              for part in z.split(args.eval_batch)]), k
         parts = iter(z.split(args.eval_batch))
@@ -806,8 +807,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if args.net in (*STACKS, "ladder") and shape[1:] != (side, side):
             raise common.RunError(f"--net {args.net} is not made for images of {shape}; try "
                                   + ("mlp" if args.net == "ladder" else "ladder"))
-        model = JointEBM(shape, args)
-        model.to(run.device, memory_format=torch.channels_last).eval()
+        model = JointEBM(shape, args).to(run.device, memory_format=torch.channels_last).eval()
         run.start(model)
         for part in [*model.backbone()[1:], model.energies] if args.compile else []:
             part.compile()

@@ -13,6 +13,12 @@ os.environ["PYTHONPATH"] = str(ROOT)                        # for the scripts th
 os.environ["OMP_NUM_THREADS"] = "1"                         # for those too
 torch.set_num_threads(1)                                    # small tensors; bit-equal reruns
 
+import common  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pictures: a whole run that draws its pictures")
+
 
 @pytest.fixture(autouse=True)
 def _sealed(monkeypatch):
@@ -22,6 +28,17 @@ def _sealed(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request, monkeypatch):
+    """A picture takes a second, and a thousand samples take some: unless a whole run is marked it
+    leaves a file without a picture, and times no samples."""
+    if request.module.__name__.endswith("_script") \
+            and not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(common, "_save_rows", lambda path, *_, **__:
+                            Path(path).write_bytes(b"not drawn"))
+        monkeypatch.setattr(common.Run, "time_samples", lambda *_: None)
 
 
 @pytest.fixture

@@ -22,15 +22,9 @@ TINY = ["--z_dims", "4", "3", "2", "--width", "4", "--prior_hidden", "8", "--f_h
 VAE = ["--epochs_backbone", "2"]
 
 
-def no_picture(path, *_, **__):
-    Path(path).write_bytes(b"drawn in one test only: a picture takes a second")
-
-
 @pytest.fixture
-def folder(tmp_path, monkeypatch, request):
+def folder(tmp_path, monkeypatch):
     """Small files, 120 train and 40 test; no judge is trained, no weights are looked for."""
-    if "variational" not in request.node.name:
-        monkeypatch.setattr(common, "_save_rows", no_picture)
     rng = np.random.default_rng(0)
     for name in ("fashion_mnist", "svhn", "cifar10"):
         side, channels = (28, 1) if name == "fashion_mnist" else (32, 3)
@@ -42,6 +36,7 @@ def folder(tmp_path, monkeypatch, request):
             np.savez(tmp_path / f"{name}_{split}.npz", x=x, y=y)
     monkeypatch.setattr(common, "load_judges", untrained_judges)
     monkeypatch.setattr(common, "load_inception", lambda *_: None)
+    monkeypatch.setattr(jl, "SWEEP", (0, 10))
     return tmp_path
 
 
@@ -70,10 +65,9 @@ def lines(path):
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("more", [
-    ["--scheme", "variational", *VAE, "--net", "ladder"],
+    pytest.param(["--scheme", "variational", *VAE, "--net", "ladder"], marks=pytest.mark.pictures),
     ["--scheme", "two_stage", *VAE, "--groups", "1", "1", "--spectral_norm"],
-    ["--scheme", "mcmc", "--epochs_backbone", "0", "--space", "z"]],
-    ids=["variational", "two_stage", "mcmc"])
+    ["--scheme", "mcmc", "--epochs_backbone", "0", "--space", "z"]], ids=lambda more: more[1])
 def test_schemes_write_all_files_and_eval_only_repeats_the_result(folder, more):
     metrics = jl.main(flags(folder, *more))
     names = ["config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
@@ -83,7 +77,7 @@ def test_schemes_write_all_files_and_eval_only_repeats_the_result(folder, more):
         assert (run_dir(folder) / name).stat().st_size > 0, name
     assert {"frechet_clf", "recon_mse", "energy_start", "energy_k", "energy_end", "r_hat",
             "ess_per_step", "frechet_clf_floor"} <= set(metrics)
-    assert {f"frechet_clf_k{k}" for k in (0, 3, 10, 20, 40, 60, 100)} <= set(metrics)
+    assert {f"frechet_clf_k{k}" for k in (0, 3, 10)} <= set(metrics)
     assert metrics["frechet_clf"] == metrics["frechet_clf_k3"] != metrics["frechet_clf_k0"]
     stages = dict.fromkeys(row["stage"] for row in lines(run_dir(folder)))
     assert list(stages) == {"mcmc": ["joint"], "two_stage": ["backbone", "energy"],
@@ -179,17 +173,13 @@ def wait_for(process, path, text, seconds=60):
 
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(folder):
     more = [*VAE, "--ckpt_minutes", "0", "--epochs", "4", "--held_out", "3"]
-    process = script(flags(folder, *more))
     for stage, step in (("backbone", 7), ("joint", 14)):
+        process = script(flags(folder, *more, *["--resume"] * (stage != "backbone")))
         wait_for(process, run_dir(folder) / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process = script(flags(folder, *more, "--resume"))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    process = script([*flags(folder, *more), "--out_dir", str(folder / "whole")])
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    jl.main(flags(folder, *more, "--resume"))
+    jl.main([*flags(folder, *more), "--out_dir", str(folder / "whole")])
     whole = folder / "whole/joint_layer_ebm/fashion_mnist/0"
     assert lines(run_dir(folder)) == lines(whole)
     states = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]

@@ -24,9 +24,7 @@ TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3
 
 @pytest.fixture
 def paired(tmp_path, monkeypatch):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test; no figures
-    are drawn in this process."""
-    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
     rng = np.random.default_rng(0)
     for split, n in (("train", 200), ("test", 30)):
         shade = rng.integers(0, 255, (n, 1, 1, 1))
@@ -84,12 +82,12 @@ def polymnist(folder, monkeypatch, *more):
 
 
 def test_resnets_with_mcmc_and_the_ebm_on_all_latents(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "_save_rows", lambda *_: None)
     metrics = lep.main(polymnist(tmp_path, monkeypatch, "--net", "resnet", "--inference", "mcmc",
                                  "--ebm_on", "u", "--max_steps", "2"))
     assert np.isfinite(metrics["gap"]) and 0 <= metrics["coherence_joint"] <= 1
 
 
+@pytest.mark.pictures
 def test_three_modalities_with_judges_controls_and_eval_only(tmp_path, monkeypatch):
     arguments = polymnist(tmp_path, monkeypatch, "--net", "patch", "--cross_steps", "2")
     metrics = lep.main(arguments)
