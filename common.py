@@ -925,6 +925,7 @@ class Run(ExitStack):
         result = {"script": self.script, "dataset": self.args.dataset, "seed": self.args.seed,
                   "metrics": finite, "note": dataset_note, "n": n, "rollbacks": self.rollbacks,
                   "epochs": {k: v for k, v in vars(self.args).items() if k.startswith("epochs")},
+                  "flags": {k: v for k, v in vars(self.args).items() if k not in RUN_FLAGS},
                   "minutes": round(self.wall_s() / 60, 2), **self._about}
         if self.rank == 0:
             _write_json(self.dir / "result.json", result)

@@ -117,7 +117,13 @@ def test_every_row_of_reproduce_is_a_command_of_today():
                for command in commands]
     assert len(commands) > 100 and len(set(folders)) == len(folders), "two rows share a folder"
     for python, script, *flags in commands:
-        importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        script = script.removesuffix(".py")
+        args = json.loads(json.dumps(vars(importlib.import_module(script).parse_args(flags))))
+        path = ROOT / "results" / script / args["dataset"] / Path(args["out_dir"]).name
+        then = path / str(args["seed"]) / "result.json"
+        then = json.loads(then.read_text()).get("flags", {}) if then.exists() else {}
+        changed = {k: (v, args.get(k)) for k, v in then.items() if args.get(k) != v}
+        assert not changed, f"{path}: flags (when measured, today) {changed}"
 
 
 @pytest.mark.parametrize("bad", ["--minutes soon", "--only foo", "--data_dir nowhere", "--foo"])

@@ -179,8 +179,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(open_run, tmp_path, capsys):
     assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, 9))
     result = json.loads((run.dir / "result.json").read_text())
     assert result["metrics"]["loss"] == logs[0][-1]["loss"] and result["metrics"]["r_hat"] is None
-    keys = {"note", "n", "seed", "epochs", "minutes", "device", "torch", "command", "commit"}
-    assert keys <= result.keys()
+    assert {"note", "n", "seed", "epochs", "flags", "minutes", "device", "torch", "command",
+            "commit"} <= result.keys()
     assert result["command"] == "python test_run.py --seed 0"
     assert "loss" in capsys.readouterr().out.splitlines()[-1]
 
