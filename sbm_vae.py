@@ -651,7 +651,7 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
         z = _predictor_corrector(slope, impose, z, sde, n_steps, t_end, corrector, repaint, jump,
                                  snr if sampler == "pc" else 0.0)
     if not z.isfinite().all():
-        raise FloatingPointError("the sampler diverged; lower --snr or --guide_weight")
+        raise FloatingPointError("the sampler diverged; lower --lr_score, --snr or --guide_weight")
     return torch.where(row, z_obs, z)
 
 
