@@ -739,6 +739,7 @@ class Run(ExitStack):
         self._start = self._saved = self._synced = time.monotonic()
         self._calls, self._sync_every = 0, 1                                # of checkpoint_due
         self._stage, self._log, self._about, self._sizes = None, None, {}, {}
+        self._flags = {k: v for k, v in vars(args).items() if k not in RUN_FLAGS}   # as given
         self._signals = self.enter_context(ExitStack())
 
     def say(self, text: str) -> None:
@@ -900,7 +901,7 @@ class Run(ExitStack):
         self.stop_requested = self._signal
         if self.stop_requested:                                             # after the last step
             self.stop()
-        self.say(f"evaluation, {self.wall_s() / 60:.1f} minutes in: it may take some, in silence")
+        self.say(f"evaluation begins after {self.wall_s() / 60:.1f} minutes; it shows no progress")
         torch.manual_seed(self.args.seed)
 
     def time_samples(self, sample) -> None:
@@ -925,8 +926,7 @@ class Run(ExitStack):
         result = {"script": self.script, "dataset": self.args.dataset, "seed": self.args.seed,
                   "metrics": finite, "note": dataset_note, "n": n, "rollbacks": self.rollbacks,
                   "epochs": {k: v for k, v in vars(self.args).items() if k.startswith("epochs")},
-                  "flags": {k: v for k, v in vars(self.args).items() if k not in RUN_FLAGS},
-                  "minutes": round(self.wall_s() / 60, 2), **self._about}
+                  "flags": self._flags, "minutes": round(self.wall_s() / 60, 2), **self._about}
         if self.rank == 0:
             _write_json(self.dir / "result.json", result)
             plot_curves(self.dir / "curves.png", self.dir / "metrics.jsonl")

@@ -421,6 +421,14 @@ def test_rollback_returns_the_last_checkpoint_three_times_then_stops(open_run, t
         resumed.rollback("gap 9")
 
 
+def test_flags_of_a_result_are_those_that_were_given(open_run):
+    run = open_run(weights=[1, 2, 3], n_eval=50)
+    run.args.weights = run.args.weights[:2]                     # as a script may cut them to fit
+    run.finish({"loss": 1.0}, "", 5)
+    flags = json.loads((run.dir / "result.json").read_text())["flags"]
+    assert flags == {"dataset": "toy", "seed": 0, "weights": [1, 2, 3]}
+
+
 def test_seconds_per_1000_samples_leave_the_warm_up_out(open_run):
     run, naps = open_run(), {10: 0.4, 1000: 0.05}
 
