@@ -108,13 +108,14 @@ def test_text_and_images_end_to_end(paired, monkeypatch):
 
 def test_killed_in_all_stages_and_resumed_equals_the_uninterrupted_run(paired):
     run_dir, more = paired / "runs/ebm_revision/paired/0", ("--ema", "0.5", "--w_dim", "1")
+    process = start(flags(paired, *more, "--ckpt_minutes", "0"))
     for stage, step in (("warmup", 2), ("full", 5), ("mixed", 7)):
-        again = ["--resume"] * (stage != "warmup")
-        process = start(flags(paired, *more, "--ckpt_minutes", "0", *again))
         wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
         process.send_signal(signal.SIGKILL)
         process.wait()
-    ebm_revision.main(flags(paired, *more, "--resume"))
+        process = start(flags(paired, *more, "--ckpt_minutes", "0", "--resume"))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     whole = ebm_revision.main([*flags(paired, *more), "--out_dir", str(paired / "whole")])
     whole_dir = paired / "whole/ebm_revision/paired/0"
     assert lines(run_dir) == lines(whole_dir)

@@ -2,6 +2,7 @@
 import ast
 import builtins
 import dis
+import functools
 import importlib
 import json
 import math
@@ -176,6 +177,12 @@ SECTIONS = {"JNF": "jnf", "SBM-VAE": "sbm_vae", "Latent EBM prior": "latent_ebm_
             "Joint-layer EBM": "joint_layer_ebm", "EBM revision": "ebm_revision"}
 
 
+@functools.cache
+def measured(folder: str) -> list[tuple[Path, dict]]:
+    return [(path, json.loads(path.read_text()))
+            for path in (ROOT / "results" / folder).rglob("*.json")]
+
+
 def unmeasured(text: str, scripts: set[str], rows: set[str] | None = None) -> list[str]:
     """Decimals in a text, but for tables and code, that are no metric of a script's results (or
     mean over a row's seeds; rows: of these variants alone), nor QUOTED from a paper."""
@@ -183,10 +190,9 @@ def unmeasured(text: str, scripts: set[str], rows: set[str] | None = None) -> li
     text = re.sub(r"^\|.*$", "", text, flags=re.M)
     values, seeds = [], {}
     for folder in [*scripts, *([] if rows else ["benchmark"])]:
-        for path in (ROOT / "results" / folder).rglob("*.json"):
+        for path, found in measured(folder):
             if rows and path.name == "result.json" and path.parts[-3] not in rows:
                 continue
-            found = json.loads(path.read_text())
             values += [v for v in numbers(found.get("metrics", found)) if math.isfinite(v)]
             for key, value in found.get("metrics", {}).items():
                 seeds.setdefault((path.parent.parent, key), []).append(value)

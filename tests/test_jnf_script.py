@@ -171,13 +171,18 @@ def test_same_seed_same_numbers_other_seed_others(paired):
 def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
     options = ["--shared", "contrastive", "--ckpt_minutes", "0", "--lr_warmup", "12"]
     jnf_dir = paired / "runs/jnf/paired/0"
+    process = script(flags(paired, *options))
     for stage in ("shared", "joint", "flow"):
-        process = script(flags(paired, *options, *["--resume"] * (stage != "shared")))
         wait_for(process, jnf_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 7,')
         process.send_signal(signal.SIGKILL)
         process.wait()
-    jnf.main(flags(paired, *options, "--resume"))
-    jnf.main([*flags(paired, *options), "--out_dir", str(paired / "whole")])
+        process = script(flags(paired, *options, "--resume"))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    whole = [*flags(paired, *options), "--out_dir", str(paired / "whole")]
+    process = script(whole)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     whole_dir = paired / "whole/jnf/paired/0"
     assert lines(jnf_dir) == lines(whole_dir)
     models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]

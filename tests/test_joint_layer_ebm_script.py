@@ -19,7 +19,7 @@ TINY = ["--z_dims", "4", "3", "2", "--width", "4", "--prior_hidden", "8", "--f_h
         "--prior_steps", "3", "--post_steps", "3", "--batch_size", "20", "--epochs", "2",
         "--log_every", "1", "--eval_batch", "20", "--long_steps", "60", "--group_dim", "2",
         "--ood_samples", "2"]
-VAE = ["--epochs_backbone", "2"]
+VAE, SWEEP = ["--epochs_backbone", "2"], jl.SWEEP
 
 
 @pytest.fixture
@@ -68,7 +68,8 @@ def lines(path):
     pytest.param(["--scheme", "variational", *VAE, "--net", "ladder"], marks=pytest.mark.pictures),
     ["--scheme", "two_stage", *VAE, "--groups", "1", "1", "--spectral_norm"],
     ["--scheme", "mcmc", "--epochs_backbone", "0", "--space", "z"]], ids=lambda more: more[1])
-def test_schemes_write_all_files_and_eval_only_repeats_the_result(folder, more):
+def test_schemes_write_all_files_and_eval_only_repeats_the_result(folder, more, monkeypatch):
+    monkeypatch.setattr(jl, "SWEEP", SWEEP)
     metrics = jl.main(flags(folder, *more))
     names = ["config.json", "source.py", "metrics.jsonl", "checkpoint.pt", "samples.png",
              "cross.png", "curves.png", "diagnostics.png", "result.json", "layer_1.png",
@@ -77,7 +78,7 @@ def test_schemes_write_all_files_and_eval_only_repeats_the_result(folder, more):
         assert (run_dir(folder) / name).stat().st_size > 0, name
     assert {"frechet_clf", "recon_mse", "energy_start", "energy_k", "energy_end", "r_hat",
             "ess_per_step", "frechet_clf_floor"} <= set(metrics)
-    assert {f"frechet_clf_k{k}" for k in (0, 3, 10)} <= set(metrics)
+    assert {f"frechet_clf_k{k}" for k in (0, 3, 10, 20, 40, 60, 100)} <= set(metrics)
     assert metrics["frechet_clf"] == metrics["frechet_clf_k3"] != metrics["frechet_clf_k0"]
     stages = dict.fromkeys(row["stage"] for row in lines(run_dir(folder)))
     assert list(stages) == {"mcmc": ["joint"], "two_stage": ["backbone", "energy"],
@@ -173,13 +174,17 @@ def wait_for(process, path, text, seconds=300):
 
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(folder):
     more = [*VAE, "--ckpt_minutes", "0", "--epochs", "4", "--held_out", "3"]
+    process = script(flags(folder, *more))
     for stage, step in (("backbone", 7), ("joint", 14)):
-        process = script(flags(folder, *more, *["--resume"] * (stage != "backbone")))
         wait_for(process, run_dir(folder) / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
         process.send_signal(signal.SIGKILL)
         process.wait()
-    jl.main(flags(folder, *more, "--resume"))
-    jl.main([*flags(folder, *more), "--out_dir", str(folder / "whole")])
+        process = script(flags(folder, *more, "--resume"))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    process = script([*flags(folder, *more), "--out_dir", str(folder / "whole")])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     whole = folder / "whole/joint_layer_ebm/fashion_mnist/0"
     assert lines(run_dir(folder)) == lines(whole)
     states = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]
@@ -253,7 +258,7 @@ def test_two_processes_train_as_one_at_the_same_global_batch(folder):
     assert len(lines(two)) == len(lines(run_dir(folder)))
 
 
-def test_own_images_of_any_square_size_train_without_labels(folder, monkeypatch, capsys):
+def test_own_images_of_any_square_size_train_without_labels(folder, monkeypatch):
     monkeypatch.setattr(common, "load_judges", lambda *_: {})
     images = np.random.default_rng(0).integers(0, 255, (60, 22, 22), np.uint8)
     for split in ("train", "test"):

@@ -172,12 +172,14 @@ def test_same_seed_same_numbers_other_seed_others(paired):
 def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
     options = ["--epochs_energy", "3", "--ckpt_minutes", "0"]
     run_dir = paired / "runs/sbm_vae/paired/0"
+    process = script(flags(paired, *options))
     for stage in ("ae", "score", "energy"):
-        process = script(flags(paired, *options, *["--resume"] * (stage != "ae")))
         wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 7,')
         process.send_signal(signal.SIGKILL)
         process.wait()
-    sbm_vae.main(flags(paired, *options, "--resume"))
+        process = script(flags(paired, *options, "--resume"))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     sbm_vae.main([*flags(paired, *options), "--out_dir", str(paired / "whole")])
     whole_dir = paired / "whole/sbm_vae/paired/0"
     assert lines(run_dir) == lines(whole_dir)
