@@ -19,8 +19,8 @@ CHAINS = [("R-hat", "r_hat"), ("its 95 %", "r_hat_95"),
           ("autocorrelation time", "autocorrelation_time")]
 TABLES = {       # name: (folder below results, [(column, metric)])
     "jnf": ("jnf", [("joint", "coherence_joint"), ("mnist → svhn", "coherence_mnist_to_svhn"),
-                    ("svhn → mnist", "coherence_svhn_to_mnist"), *CROSS, *CHAINS[:2], ("ESS a step", "ess_per_step"),
-                    ("accept", "accept_rate")]),
+                    ("svhn → mnist", "coherence_svhn_to_mnist"), *CROSS, *CHAINS[:2],
+                    ("ESS a step", "ess_per_step"), ("accept", "accept_rate")]),
     "sbm_vae": ("sbm_vae", [("joint", "coherence_joint"),
                             ("independent latents", "coherence_joint_independent"), *CROSS,
                             ("given 3", "coherence_cross_3"), ("given 4", "coherence_cross_4"),
@@ -75,24 +75,30 @@ def command(result: dict) -> str:
     return shown + f" at {commit[:7]}{'-dirty' * commit.endswith('-dirty')}" * bool(commit)
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table of cells."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
 def table(folder: str, columns: list[tuple[str, str]]) -> str:
     """A row a variant; below it, folded away, the command and commit of each one's first seed."""
     head = ["data set", "variant", *(name for name, _ in columns)]
     head += ["seeds", "n", "minutes", "device"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows: list[list[str]] = []
     variants: dict[tuple[str, str], list[dict]] = {}
     for path in sorted((ROOT / "results" / folder).glob("*/*/*/result.json")):
         variants.setdefault(path.parts[-4:-2], []).append(read(path))
     for (dataset, variant), results in variants.items():
         minutes = statistics.mean(r["minutes"] for r in results)
-        cells = [dataset, variant, *(cell(results, metric) for _, metric in columns),
-                 str(len(results)), str(results[0]["n"]), f"{minutes:.0f}", results[0]["device"]]
-        rows.append("| " + " | ".join(cells) + " |")
-    rows += ["", "<details><summary>Commands of these rows (first seed, and the commit that it ran "
-             "at; folders left out)</summary>", ""]
-    rows += [f"* {dataset}, {variant}: {command(r)}"
-             for (dataset, variant), (r, *_) in variants.items()]
-    return "\n".join([*rows, "", "</details>"])
+        rows.append([dataset, variant, *(cell(results, metric) for _, metric in columns),
+                     str(len(results)), str(results[0]["n"]), f"{minutes:.0f}",
+                     results[0]["device"]])
+    commands = [f"* {dataset}, {variant}: {command(r)}"
+                for (dataset, variant), (r, *_) in variants.items()]
+    return "\n".join([markdown(head, rows), "", "<details><summary>Commands of these rows (first "
+                      "seed, and the commit that it ran at; folders left out)</summary>", "",
+                      *commands, "", "</details>"])
 
 
 # script: (its baseline, suffix of the baseline's metrics, {data set: (its row, baseline's row)})
@@ -126,20 +132,18 @@ def comparison(dataset: str, sizes: tuple[int, ...] = (1,)) -> str:
     given as many modalities as sizes say."""
     own = ["joint", *(f"given {k}" for k in sizes), "Fréchet (judge)"]
     head = ["script", *own, "baseline", *own, "seeds", "n", "minutes", "s / 1,000 samples"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     keys = ["joint", *(f"cross_{k}" for k in sizes)]
     for script, (name, suffix, variants) in METHODS.items():
         results, base = (seeds(script, dataset, v) for v in variants.get(dataset, ["not run"] * 2))
         if results:
             number = str(len(results)) + f", {len(base)}" * (0 < len(base) != len(results))
-            cells = [script, *(cell(results, f"coherence_{k}") for k in keys),
-                     cell(results, "distance"), name,
-                     *(cell(base, f"coherence_{k}{suffix}") if base else "not run" for k in keys),
-                     cell(base, f"distance{suffix}"), number, str(results[0]["n"]),
-                     f"{statistics.mean(r['minutes'] for r in results):.0f}",
-                     cell(results, "seconds")]
-            rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+            rows.append([
+                script, *(cell(results, f"coherence_{k}") for k in keys), cell(results, "distance"),
+                name, *(cell(base, f"coherence_{k}{suffix}") if base else "not run" for k in keys),
+                cell(base, f"distance{suffix}"), number, str(results[0]["n"]),
+                f"{statistics.mean(r['minutes'] for r in results):.0f}", cell(results, "seconds")])
+    return markdown(head, rows)
 
 
 SINGLE = {"synth_svhn": "default", "mnist": "two-stage", "cifar10": "ood-svhn"}
@@ -152,13 +156,12 @@ def comparison_single() -> str:
                ("without Langevin steps", "frechet_clf_k0"), ("real", "frechet_clf_floor"),
                *CHAINS[:2]]
     head = ["data set", "row", *(name for name, _ in columns), "seeds", "minutes"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for dataset, variant in SINGLE.items():
         results = seeds("joint_layer_ebm", dataset, variant)
-        cells = [dataset, f"`{variant}`", *(cell(results, key) for _, key in columns),
-                 str(len(results)), f"{statistics.mean(r['minutes'] for r in results):.0f}"]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append([dataset, f"`{variant}`", *(cell(results, key) for _, key in columns),
+                     str(len(results)), f"{statistics.mean(r['minutes'] for r in results):.0f}"])
+    return markdown(head, rows)
 
 
 def draw_comparison(datasets: list[str], path: Path) -> None:
@@ -215,8 +218,7 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
     {variant: {metric: value}}; one value or two stand as they are."""
     paths = (ROOT / "results/ebm_revision" / folder).glob("*.json")
     runs = [json.loads(path.read_text()) for path in sorted(paths)]
-    rows = ["| " + " | ".join([name, *(title for title, _ in columns), "seeds"]) + " |",
-            "|" + "---|" * (len(columns) + 2)]
+    rows = []
     for variant in dict.fromkeys(variant for run in runs for variant in run):
         cells = []
         for _, key in columns:
@@ -226,8 +228,8 @@ def intervals(folder: str, columns: list[tuple[str, str]], name: str) -> str:
             else:                                           # two values make no interval
                 cells.append(", ".join(f"{value:.3f}" for value in values))
         cells.append(str(sum(variant in run for run in runs)))
-        rows.append("| " + " | ".join([variant, *cells]) + " |")
-    return "\n".join(rows)
+        rows.append([variant, *cells])
+    return markdown([name, *(title for title, _ in columns), "seeds"], rows)
 
 
 MIXING = [         # chain, script, data set, row
@@ -245,12 +247,12 @@ def mixing() -> str:
     """How the scripts' chains mix when they run for much longer than in use."""
     columns = [*CHAINS, ("accepted", "accept_rate")]
     head = ["script", "chain", "data set, row", *(name for name, _ in columns), "seeds"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for chain, script, dataset, variant in MIXING:
         results = seeds(script, dataset, variant)
-        cells = [script, chain, f"{dataset}, `{variant}`", *(cell(results, k) for _, k in columns)]
-        rows.append("| " + " | ".join([*cells, str(len(results))]) + " |")
-    return "\n".join(rows)
+        rows.append([script, chain, f"{dataset}, `{variant}`",
+                     *(cell(results, k) for _, k in columns), str(len(results))])
+    return markdown(head, rows)
 
 
 INFERENCE = [      # data, variants (data set/row) without and with posterior chains
@@ -268,16 +270,15 @@ def inference() -> str:
     """Latent EBM with and without MCMC inference: joint coherence under the base prior -> the EBM
     prior; given one."""
     head = ["data", "amortised inference", "seeds", "posterior chains", "seeds", "rows"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for name, dataset, *variants in INFERENCE:
         cells = []
         for results in (seeds("latent_ebm_prior", dataset, v) if v else [] for v in variants):
             base, joint, given = (cell(results, f"coherence_{key}")
                                   for key in ("joint_base", "joint", "cross_1"))
             cells += [f"{base} → {joint}; {given}" if results else "not run", str(len(results))]
-        rows.append("| " + " | ".join([name, *cells, ", ".join(f"`{v}`" for v in variants if v)])
-                    + " |")
-    return "\n".join(rows)
+        rows.append([name, *cells, ", ".join(f"`{v}`" for v in variants if v)])
+    return markdown(head, rows)
 
 
 IMPOSED = {        # how observed latents enter: row of sbm_vae's polymnist10
@@ -293,13 +294,13 @@ IMPOSED = {        # how observed latents enter: row of sbm_vae's polymnist10
 
 def imposed() -> str:
     """SBM-VAE on four of PolyMNIST's modalities: coherence (and the judge's distance) given k."""
-    rows = ["| | one | two | three |", "|---|---|---|---|"]
+    rows = []
     for name, variant in IMPOSED.items():
         m = of_run(variant, "polymnist10", "sbm_vae")
         cells = [f"{m[f'coherence_cross_{k}']:.2f} ({m[f'frechet_clf_cross_{k}']:.0f})"
                  for k in (1, 2, 3)]
-        rows.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(rows)
+        rows.append([name, *cells])
+    return markdown(["", "one", "two", "three"], rows)
 
 
 PAPERS = {1: (".063", ".470", ".722", ".494"), 4: (".337", ".941", ".949", ".920"),
@@ -315,8 +316,9 @@ def of_run(variant: str, dataset: str = "mnist", script: str = "joint_layer_ebm"
 def anomaly() -> str:
     """AUPRC of a held-out digit, mean ± sd over the last epochs: on the test split, and in brackets
     with five times as many of the digit."""
-    rows = ["| digit | plain VAE | single-layer EBM | ours | VAE, published | paper | successor "
-            "| HVAE, published |", "|" + "---|" * 8]
+    head = ["digit", "plain VAE", "single-layer EBM", "ours", "VAE, published", "paper",
+            "successor", "HVAE, published"]
+    rows = []
 
     def both(metrics: dict, end: str = "") -> str:
         if f"auprc{end}_mean" not in metrics:
@@ -326,16 +328,15 @@ def anomaly() -> str:
         return f"{parts[0]} ({parts[1]})"
     for digit, (vae, paper, successor, hvae) in PAPERS.items():
         ours, single = of_run(f"held-out-{digit}"), of_run(f"held-out-{digit}-single-layer")
-        cells = [str(digit), both(ours, "_plain"), both(single), both(ours), vae, paper, successor,
-                 hvae]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append([str(digit), both(ours, "_plain"), both(single), both(ours), vae, paper,
+                     successor, hvae])
+    return markdown(head, rows)
 
 
 def ood() -> str:
     """AUROC / AUPRC of every score of the OOD runs, with energies and without."""
-    rows = ["| trained on, against | score | AUROC | AUPRC | AUROC without f | AUPRC without f |",
-            "|" + "---|" * 6]
+    head = ["trained on, against", "score", "AUROC", "AUPRC", "AUROC without f", "AUPRC without f"]
+    rows = []
     for dataset, variant, name in (("cifar10", "ood-svhn", "CIFAR-10, SVHN"),
                                    ("mnist", "ood-synth-mnist", "MNIST, synth_mnist")):
         found = of_run(variant, dataset)
@@ -343,16 +344,16 @@ def ood() -> str:
             label = f"{key[:-1].upper()}>{key[-1]}"
             cells = [f"{found[f'ood_{m}_{key}{end}']:.3f}" for end in ("", "_plain")
                      for m in ("auroc", "auprc")]
-            rows.append("| " + " | ".join([name, label, *cells]) + " |")
-    rows.append("| paper: CIFAR-10, SVHN | L>0, L>9, LLR>9 | .087, .870, .927 | .319, .858, .918 "
-                "| | |")
-    return "\n".join(rows)
+            rows.append([name, label, *cells])
+    rows.append(["paper: CIFAR-10, SVHN", "L>0, L>9, LLR>9", ".087, .870, .927",
+                 ".319, .858, .918", "", ""])
+    return markdown(head, rows)
 
 
 def benchmark() -> str:
     """Speed, from what tests/benchmark.py --out results/benchmark/<machine>.json measured."""
-    rows = ["| machine | script | what | seconds | of floor | rival, seconds | times faster |",
-            "|" + "---|" * 7]
+    head = ["machine", "script", "what", "seconds", "of floor", "rival, seconds", "times faster"]
+    rows = []
     for path in sorted((ROOT / "results/benchmark").glob("*.json")):
         found = json.loads(path.read_text())
         for script, part in found.items():
@@ -362,8 +363,8 @@ def benchmark() -> str:
                 if "rival_seconds" in row:
                     times = row["rival_seconds"] / row["seconds"]
                     cells += [f"{row['rival']}: {row['rival_seconds']:.3g}", f"{times:.1f}"]
-                rows.append("| " + " | ".join([*cells, *[""] * (7 - len(cells))]) + " |")
-    return "\n".join(rows)
+                rows.append([*cells, *[""] * (len(head) - len(cells))])
+    return markdown(head, rows)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
