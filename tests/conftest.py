@@ -2,6 +2,7 @@
 import os
 import socket
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,12 @@ def _few_pictures(request, monkeypatch):
 
 @pytest.fixture
 def break_off(monkeypatch):
-    """break_off(script): its training ends with an OSError in the fourth step."""
+    """break_off(script): its training ends with an OSError in the fourth step, once."""
     def patch(script):
-        step, count = script.train_step, iter(range(4))
+        step, steps = script.train_step, count(1)
 
         def breaks_off(*args):
-            if next(count) == 3:
+            if next(steps) == 4:
                 raise OSError
             return step(*args)
         monkeypatch.setattr(script, "train_step", breaks_off)
