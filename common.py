@@ -915,8 +915,9 @@ class Run(ExitStack):
         """Leave after a signal, once saved: SystemExit 130 (Ctrl-C) or 143 (SIGTERM)."""
         if self.world > 1:
             dist.barrier()                                                  # rank 0 has saved
-        name = signal.Signals(self.stop_requested).name
-        self.say(f"stopped by {name}; continue with --resume, from {self.dir}")
+        flags = [a for a in self.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
+        self.say(f"stopped by {signal.Signals(self.stop_requested).name}, saved in {self.dir}; to "
+                 f"continue: python {self.source.name} {shlex.join(flags)}")
         raise SystemExit(128 + self.stop_requested)
 
     def finish(self, metrics: dict, dataset_note: str, n: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -202,11 +203,13 @@ def wait_for(process, path, text, seconds=300):
 
 
 def test_sigterm_saves_and_says_how_to_continue(paired):
-    process = script(flags(paired, "--epochs_joint", "100000"))
+    asked = flags(paired, "--epochs_joint", "100000")
+    process = script([*asked, "--overwrite"])
     wait_for(process, paired / "runs/jnf/paired/0/metrics.jsonl", '"step": 3,')
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 143 and "--resume" in out
+    assert process.returncode == 143
+    assert shlex.split(out.rpartition("to continue: python jnf.py ")[2]) == [*asked, "--resume"]
     assert (paired / "runs/jnf/paired/0/checkpoint.pt").exists()
 
 
