@@ -587,19 +587,19 @@ def pair_loss(energy, z: Tensor, sde: VPSDE, noise_negatives: bool = False,
 
 
 # ---- Sampler -------------------------------------------------------------------------------------
-def guidance(energy, z: Tensor, t: Tensor, known: Tensor) -> Tensor:
+def guidance(energy, z: Tensor, t: Tensor, known: list[bool]) -> Tensor:
     """-d/dz_j of mean_{i in O} E(z_i, z_j, t) for every missing j, zero on the known; z [b m d]."""
-    i, j = (v.flatten() for v in torch.meshgrid(known.nonzero()[:, 0], (~known).nonzero()[:, 0],
-                                                indexing="ij"))
-    if not len(i):
+    seen = [i for i, on in enumerate(known) if on]
+    pairs = [(i, j) for i in seen for j in range(len(known)) if j not in seen]
+    if not pairs:
         return torch.zeros_like(z)
+    i, j = torch.tensor(pairs, device=z.device).T
     with torch.enable_grad():
         z = z.detach().requires_grad_(True)
-        n, flat = len(z), "b p d -> (b p) d"
-        e = energy(rearrange(z[:, i], flat), rearrange(z[:, j], flat), i.repeat(n), j.repeat(n),
-                   t.expand(n * len(i)))
-        (grad,) = torch.autograd.grad(e.sum() / known.sum(), z)            # sum: no 1/b
-    return torch.where(known[:, None], 0.0, -grad)
+        e = energy(z[:, i].flatten(0, 1), z[:, j].flatten(0, 1), i.repeat(len(z)), j.repeat(len(z)),
+                   t.expand(len(z) * len(i)))                              # [b p]
+        (grad,) = torch.autograd.grad(e.sum() / len(seen), z)              # sum: no 1/b
+    return -grad.index_fill(1, i, 0.0)
 
 
 SAMPLERS, OBS_NOISE = ("ode", "em", "pc"), ("fresh", "fixed", "official", "clean")
@@ -621,10 +621,10 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
     """
     if sampler not in SAMPLERS or obs_noise not in OBS_NOISE:
         raise ValueError(f"no sampler {sampler!r}, or no obs_noise {obs_noise!r}")
-    known, z_obs = torch.zeros(shape[1], dtype=torch.bool, device=device), \
-        torch.zeros(shape, device=device)
+    place = [j in (observed or {}) for j in range(shape[1])]
+    known, z_obs = torch.tensor(place, device=device), torch.zeros(shape, device=device)
     for j, value in (observed or {}).items():
-        known[j], z_obs[:, j] = True, value
+        z_obs[:, j] = value
     row = known[:, None]
     kept = torch.randn(shape, device=device)
 
@@ -641,7 +641,7 @@ def sample(score, shape: tuple[int, int, int], observed: dict[int, Tensor] | Non
         if energy is not None and weight and observed:
             alpha, _ = sde.alpha_sigma(t)
             mean = torch.where(row & conditional, alpha * z_obs, z)        # noise would mislead
-            s = s + weight * guidance(energy, mean, t, known)
+            s = s + weight * guidance(energy, mean, t, place)
         return torch.where(row & conditional, 0.0, s)
 
     z = torch.randn(shape, device=device)

@@ -42,11 +42,12 @@ def tensors(tree) -> list[Tensor]:
 
 
 class Operations(TorchDispatchMode):
-    """Knows what is on the second device: the result of an operation is where its inputs are."""
+    """Knows what is on the second device: the result of an operation is where its inputs are. waits
+    counts numbers, `.item()` and the like, that a GPU would have to finish its work for."""
 
     def __init__(self):
         super().__init__()
-        self.storages, self.default = {}, [False]
+        self.storages, self.default, self.waits, self.checks = {}, [False], 0, False
 
     def has(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata in self.storages
@@ -60,6 +61,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs, name = tensors((args, kwargs)), func._schema.name.removeprefix("aten::")
         there = [self.has(x) for x in inputs]
+        self.waits += any(there) and not self.checks and name in ("_local_scalar_dense", "nonzero")
         if name in ("index", "index_put_", "_index_put_impl_"):             # by indices on the CPU
             bad = any(there) and not there[0]
         else:                                   # a GPU takes numbers, [], of the CPU along
@@ -105,6 +107,7 @@ class SecondDevice(TorchFunctionMode):
             raise RuntimeError(f"{name}: a generator on the CPU")
         args, kwargs = tree_map(lambda a: CPU if isinstance(a, torch.device) else a, (args, kwargs))
         self.operations.default.append(wanted)
+        self.operations.checks = name == "one_hot"          # of its input: not made on a GPU
         result = func(*args, **kwargs)
         self.operations.default.pop()
         if (places or name == "cpu") and isinstance(result, Tensor) and has(result) != wanted:
@@ -134,7 +137,8 @@ def test_the_second_device_refuses_what_a_gpu_refuses():
 
 @pytest.mark.parametrize("case", [*TINY, *MORE])
 def test_a_script_keeps_to_its_device(case, tmp_path, monkeypatch, break_off):
-    """Broken off in its fourth step, resumed, evaluated; without judges' training and pictures."""
+    """Broken off in its fourth step, resumed, evaluated; without judges' training and pictures. No
+    step of the training waits for the device."""
     name = case.partition("-")[0]
     script = importlib.import_module(name)
     monkeypatch.setattr(common, "load_judges", lambda train, *_: {
@@ -151,9 +155,17 @@ def test_a_script_keeps_to_its_device(case, tmp_path, monkeypatch, break_off):
              "20", "--n_eval", "20", "--eval_batch", "16", "--batch_size", "16", "--log_every",
              "1", "--ckpt_minutes", "0", "--out_dir", str(tmp_path), "--device", "cuda",
              *TINY[name], *MORE.get(case, [])]
+    step, waits, device = script.train_step, [], SecondDevice()
+
+    def counted(*args):
+        before = device.operations.waits
+        metrics = step(*args)
+        waits.append(device.operations.waits - before)
+        return metrics
+    monkeypatch.setattr(script, "train_step", counted)
     break_off(script)
-    with SecondDevice():
+    with device:
         with pytest.raises(OSError):
             script.main(flags)
-        metrics = script.main([*flags, "--resume"])
-    assert metrics
+        assert script.main([*flags, "--resume"])
+    assert len(waits) > 3 and not any(waits)

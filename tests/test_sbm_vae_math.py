@@ -313,7 +313,7 @@ def test_noise_contrast_is_2_ln_2_at_zero_and_least_at_the_density_ratio():
 
 
 def test_guidance_turns_the_marginal_into_the_conditional_score():
-    z, t, known = draws(6), torch.tensor(0.3), torch.tensor([True, False, False])
+    z, t, known = draws(6), torch.tensor(0.3), [True, False, False]
     found = sbm_vae.guidance(exact_energy, z, t, known)
     for j in (1, 2):
         z_j = z[:, j].clone().requires_grad_(True)
@@ -325,13 +325,13 @@ def test_guidance_turns_the_marginal_into_the_conditional_score():
     assert (found[:, 0] == 0).all()
     alone = sbm_vae.guidance(exact_energy, z[2:3], t, known)
     assert torch.allclose(alone, found[2:3], atol=1e-5)             # no 1/b
-    two = sbm_vae.guidance(exact_energy, z, t, torch.tensor([True, True, False]))[:, 2]
+    two = sbm_vae.guidance(exact_energy, z, t, [True, True, False])[:, 2]
     z_2 = z[:, 2].clone().requires_grad_(True)
     mean = sum(-exact_energy(z[:, k], z_2, torch.full((6,), k), torch.full((6,), 2), t.expand(6))
                for k in (0, 1)) / 2
     assert torch.allclose(two, torch.autograd.grad(mean.sum(), z_2)[0], atol=1e-4)
     for nothing in ([False] * 3, [True] * 3):
-        assert (sbm_vae.guidance(exact_energy, z, t, torch.tensor(nothing)) == 0).all()
+        assert (sbm_vae.guidance(exact_energy, z, t, nothing) == 0).all()
 
 
 def test_dot_energy_is_symmetric_learns_pairs_and_guides_one_latent_towards_the_other():
@@ -354,7 +354,7 @@ def test_dot_energy_is_symmetric_learns_pairs_and_guides_one_latent_towards_the_
     assert torch.allclose(there, back, atol=1e-5)
     energy.requires_grad_(False)
     z[:, 1] = 0
-    push = sbm_vae.guidance(energy, z, torch.tensor(0.01), torch.tensor([True, False]))[:, 1]
+    push = sbm_vae.guidance(energy, z, torch.tensor(0.01), [True, False])[:, 1]
     assert torch.cosine_similarity(push, -z[:, 0]).mean() > 0.5
 
 
