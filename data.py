@@ -260,7 +260,7 @@ def _draw(y: Tensor, pool_y: Tensor, generator: torch.Generator) -> Tensor:
     rows = torch.empty_like(y)
     for c in y.unique():
         wanted, pool = (y == c).nonzero().flatten(), (pool_y == c).nonzero().flatten()
-        _require(len(pool) > 0, f"no image of class {int(c)} to pair with")
+        _require(len(pool) > 0, f"no class {int(c)} to pair with (small --n_train, --n_test?)")
         rounds = [pool[torch.randperm(len(pool), generator=generator)]
                   for _ in range(math.ceil(len(wanted) / len(pool)))]
         rows[wanted] = torch.cat(rounds)[:len(wanted)]
