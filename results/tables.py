@@ -167,8 +167,10 @@ def comparison_single() -> str:
 def draw_comparison(datasets: list[str], path: Path) -> None:
     """Quality against joint coherence, a point a seed; hollow: without the method's own idea."""
     from matplotlib.figure import Figure
-    figure = Figure((4.2 * len(datasets), 3.2), dpi=120, layout="constrained")
-    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets):
+    from matplotlib.ticker import LogLocator, NullFormatter
+    figure = Figure((9.6, 7), dpi=120, layout="constrained")
+    grid = figure.subplots(2, 2)
+    for axes, dataset in zip(grid.flat, datasets):
         for i, (script, (_, suffix, variants)) in enumerate(METHODS.items()):
             for variant, end, fill in zip(variants[dataset], ("", suffix), ("full", "none")):
                 found = [r["metrics"] for r in seeds(script, dataset, variant)]
@@ -177,7 +179,10 @@ def draw_comparison(datasets: list[str], path: Path) -> None:
                           fillstyle=fill, label=script if fill == "full" else None)
         axes.set(xlabel="joint coherence", ylabel="Fréchet distance (judge)", yscale="log",
                  title=dataset)
-        axes.legend(fontsize=7)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
@@ -397,7 +402,7 @@ def main() -> int:
         return int(filled != [page.read_text() for page in pages])
     for page, text in zip(pages, filled):
         page.write_text(text)
-    draw_comparison(["synth_mnist_svhn", "synth_polymnist", "mnist_svhn"],
+    draw_comparison(["synth_mnist_svhn", "synth_polymnist", "mnist_svhn", "polymnist"],
                     ROOT / "results/comparison.png")
     draw_scaling(ROOT / "results/sbm_vae/modalities.png")
     return 0
