@@ -43,7 +43,7 @@ def tensors(tree) -> list[Tensor]:
 
 class Operations(TorchDispatchMode):
     """Knows what is on the second device: the result of an operation is where its inputs are. waits
-    counts numbers, `.item()` and the like, that a GPU would have to finish its work for."""
+    counts what a GPU would have to finish its work for: `.item()` and the like, `.cpu()`."""
 
     def __init__(self):
         super().__init__()
@@ -108,8 +108,11 @@ class SecondDevice(TorchFunctionMode):
         args, kwargs = tree_map(lambda a: CPU if isinstance(a, torch.device) else a, (args, kwargs))
         self.operations.default.append(wanted)
         self.operations.checks = name == "one_hot"          # of its input: not made on a GPU
-        result = func(*args, **kwargs)
-        self.operations.default.pop()
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.operations.default.pop()
+        self.operations.waits += there and not wanted
         if (places or name == "cpu") and isinstance(result, Tensor) and has(result) != wanted:
             storages = [x.untyped_storage()._cdata for x in inputs]
             result = result.clone() if result.untyped_storage()._cdata in storages else result
