@@ -28,7 +28,7 @@ done
 [ -z "$data_dir" ] || [ -d "$data_dir" ] || usage "--data_dir $data_dir: there is no such folder"
 
 # script, data set, variant, seed, flags
-rows() {
+listed() {
     cat <<'ROWS'
 jnf mnist_svhn full 0 --amp --compile
 latent_ebm_prior mnist_svhn full 0 --amp --compile
@@ -180,21 +180,16 @@ jnf synth_polymnist three-modalities 1
 jnf synth_polymnist three-modalities 2
 sbm_vae mnist_svhn default 1
 sbm_vae mnist_svhn default 2
-jnf synth_polymnist three-modalities-gaussian 1 --flow_blocks 0
-jnf mnist_svhn gaussian-3000-steps-warmup 1 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --flow_blocks 0
-jnf synth_polymnist three-modalities-gaussian 2 --flow_blocks 0
-jnf mnist_svhn gaussian-3000-steps-warmup 2 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --flow_blocks 0
-latent_ebm_prior polymnist cross-warmup-wide 1 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
-ebm_revision polymnist small 1 --product clamped --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 3 --epochs 4 --z_init random --x_steps 10 --x_steps_test 10 --x_step_size 1.4 --z_steps 20 --lr_ebm 5e-4 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 1000
-sbm_vae polymnist small 1 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 45 --width 192 --lr_score 1e-3 --n_eval 2000
-jnf polymnist 8000-steps 1 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000
-jnf polymnist gaussian-8000-steps 1 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --flow_blocks 0
-latent_ebm_prior polymnist cross-warmup-wide 2 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
-ebm_revision polymnist small 2 --product clamped --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 3 --epochs 4 --z_init random --x_steps 10 --x_steps_test 10 --x_step_size 1.4 --z_steps 20 --lr_ebm 5e-4 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 1000
-sbm_vae polymnist small 2 --ae_net patch --z_dim 32 --vae_beta 0.05 --lr_ae 2e-3 --batch_ae 32 --epochs_ae 6 --batch_size 128 --epochs_score 45 --width 192 --lr_score 1e-3 --n_eval 2000
-jnf polymnist 8000-steps 2 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000
-jnf polymnist gaussian-8000-steps 2 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --flow_blocks 0
 ROWS
+}
+rows() {
+    listed
+    again="jnf synth_polymnist three-modalities-gaussian|jnf mnist_svhn gaussian-3000-steps-warmup"
+    small="latent_ebm_prior polymnist cross-warmup-wide|ebm_revision polymnist small"
+    small+="|sbm_vae polymnist small|jnf polymnist 8000-steps|jnf polymnist gaussian-8000-steps"
+    for variants in "$again" "$small"; do                  # with the flags of their first seed
+        for seed in 1 2; do listed | sed -nE "s/^($variants) 0 /\\1 $seed /p"; done
+    done
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {3..19}; do echo "joint_layer_ebm synth_svhn default $seed"; done
     for seed in {1..19}; do echo "latent_ebm_prior synth_polymnist default $seed"; done

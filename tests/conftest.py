@@ -35,7 +35,7 @@ def _sealed(monkeypatch):
 def _few_pictures(request, monkeypatch):
     """A picture takes a second, and a thousand samples take some: unless a whole run is marked it
     leaves a file without a picture, and times no samples."""
-    if request.module.__name__.endswith("_script") \
+    if request.module.__name__.endswith(("_script", "_device")) \
             and not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(common, "_save_rows", lambda path, *_, **__:
                             Path(path).write_bytes(b"not drawn"))

@@ -15,20 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import common
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-TINY = {"jnf": ["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "3", "--hmc_adapt", "3",
-                "--n_leapfrog", "2", "--epochs_joint", "1", "--epochs_flow", "1"],
-        "sbm_vae": ["--z_dim", "4", "--width", "8", "--blocks", "1", "--epochs_ae", "1",
-                    "--epochs_score", "1", "--n_steps", "3", "--curve", "4", "--n_curve", "8"],
-        "latent_ebm_prior": ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps",
-                             "3", "--chains", "8", "--post_steps", "2", "--epochs_vae", "1",
-                             "--epochs_ebm", "1", "--prior_sweep", "2", "--gmm", "2", "--net",
-                             "mlp"],
-        "joint_layer_ebm": ["--z_dims", "4", "3", "2", "--width", "4", "--prior_hidden", "8",
-                            "--f_hidden", "8", "--prior_steps", "3", "--post_steps", "3",
-                            "--epochs_backbone", "1", "--epochs", "2", "--long_steps", "60"],
-        "ebm_revision": ["--z_dim", "2", "--width", "4", "--x_steps", "2", "--x_steps_test", "2",
-                         "--z_steps", "2", "--cond_z_steps", "2", "--epochs", "3", "--warmup", "1",
-                         "--mixed", "1"]}
+SCRIPTS = ["jnf", "sbm_vae", "latent_ebm_prior", "joint_layer_ebm", "ebm_revision"]
 MORE = {"jnf-shared": ["--shared", "contrastive", "--epochs_shared", "1", "--latent_prior", "gmm",
                        "--gmm_components", "2"],
         "sbm_vae-guided": ["--sampler", "pc", "--cond_train", "none", "--epochs_energy", "1",
@@ -138,7 +125,7 @@ def test_the_second_device_refuses_what_a_gpu_refuses():
                 wrong()
 
 
-@pytest.mark.parametrize("case", [*TINY, *MORE])
+@pytest.mark.parametrize("case", [*SCRIPTS, *MORE])
 def test_a_script_keeps_to_its_device(case, tmp_path, monkeypatch, break_off):
     """Broken off in its fourth step, resumed, evaluated; without judges' training and pictures. No
     step of the training waits for the device."""
@@ -147,17 +134,16 @@ def test_a_script_keeps_to_its_device(case, tmp_path, monkeypatch, break_off):
     monkeypatch.setattr(common, "load_judges", lambda train, *_: {
         m: common.Judge(s, 10).to(CUDA).eval().requires_grad_(False)
         for m, s in train.shapes.items()})
-    monkeypatch.setattr(common, "_save_rows", lambda path, *_, **__: None)
-    monkeypatch.setattr(common.Run, "time_samples", lambda *_: None)
     monkeypatch.setattr(script, "SWEEP", (0, 5), raising=False)
     for function, result in (("set_device", None), ("get_device_name", "none"),
                              ("get_rng_state", torch.zeros(1)), ("set_rng_state", None)):
         monkeypatch.setattr(torch.cuda, function, lambda *_, result=result: result)
-    dataset = "synth_svhn" if name == "joint_layer_ebm" else "synth_mnist_svhn"
-    flags = ["--dataset", dataset, "--data_dir", str(tmp_path), "--n_train", "80", "--n_test",
-             "20", "--n_eval", "20", "--eval_batch", "16", "--batch_size", "16", "--log_every",
-             "1", "--ckpt_minutes", "0", "--out_dir", str(tmp_path), "--device", "cuda",
-             *TINY[name], *MORE.get(case, [])]
+    data = ["--dataset", "synth_mnist_svhn"] if name != "joint_layer_ebm" else [
+        "--dataset", "synth_svhn", "--epochs_backbone", "1"]
+    flags = [*importlib.import_module(f"test_{name}_script").TINY, *data, "--data_dir",
+             str(tmp_path), "--out_dir", str(tmp_path), "--n_train", "80", "--n_test", "20",
+             "--n_eval", "20", "--eval_batch", "16", "--batch_size", "16", "--log_every", "1",
+             "--ckpt_minutes", "0", "--device", "cuda", *MORE.get(case, [])]
     step, waits, device = script.train_step, [], SecondDevice()
 
     def counted(*args):
