@@ -163,10 +163,9 @@ class Judge(nn.Module):
 
 def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> None:
     """x uint8 [n c h w], y [n]: until 99 % of recent images were right, at most 20 epochs."""
-    n_steps, (h, w) = min(20 * len(x), 400_000) // batch_size + 1, x.shape[2:]
+    n_steps, right, (h, w) = min(20 * len(x), 400_000) // batch_size + 1, 0.0, x.shape[2:]
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=n_steps)
-    right = 0.0
     for _ in range(n_steps):
         index = torch.randint(len(x), (batch_size,), device=x.device)
         top, left = torch.randint(5, (2,)).tolist()             # moves up to 2 pixels
@@ -332,7 +331,8 @@ def coherence_joint(sample, judges, n: int = 10_000, batch_size: int = 500, refe
     return joint | _distances(stats, reference)
 
 
-def coherence_cross(generate, test, judges, batch_size=500, reference=None, subsets=None) -> dict:
+def coherence_cross(generate, test, judges, batch_size=500, reference=None,
+                    progress=lambda *_: None, subsets=None) -> dict:        # Run.progress
     """Share of test items of which a generated modality is judged to have the item's label.
 
     generate(x_observed {m: images}, targets [names]) -> {target: images}, one sample an item.
@@ -348,7 +348,8 @@ def coherence_cross(generate, test, judges, batch_size=500, reference=None, subs
             windows = (sorted(cycle[i:i + k], key=names.index) for i in range(len(names)))
             subsets += windows if len(names) > 5 else combinations(names, k)
     metrics, by_size = {"coherence_subsets": len(subsets)}, {}
-    for subset in subsets:
+    for i, subset in enumerate(subsets):
+        progress("evaluation", 0, 1, i, len(subsets), len(test))
         if not judges and len(subset) > 1:                      # distances are given one only
             continue
         targets = [m for m in test.modalities if m not in subset and test.kinds[m] == "image"]
@@ -667,12 +668,12 @@ def distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def any_rank(flag: Tensor, world: int) -> bool:
-    """Is the flag [] set on any rank? The same answer on all of them."""
-    flag = flag.float()
+def max_over_ranks(values: Tensor, world: int) -> Tensor:
+    """The largest value on any rank, of each entry, as float; of flags: is it set on any?"""
+    values = values.float()
     if world > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
 
 
 def average_gradients(parameters, world: int) -> None:
@@ -779,7 +780,7 @@ class Run(ExitStack):
     def progress(self, stage, epoch, n_epochs, step, total, batch_size, **metrics) -> None:
         """Where the run is, epoch counted from 0: a live line on a terminal, else one in 15 s."""
         now, tty = time.monotonic(), sys.stdout.isatty()
-        if stage != self._stage:
+        if stage != self._stage or step <= self._first[0]:
             self._stage, self._first, self._shown = stage, (step, now), -math.inf
         if self.rank or now - self._shown < (0.2 if tty else 15):
             return
@@ -818,8 +819,8 @@ class Run(ExitStack):
             if self._calls < self._sync_every:
                 return False
             pace = (now - self._synced) / self._calls                       # seconds a call
-            flags = torch.tensor([due, self._signal, pace], device=self.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)                       # the slowest rank's
+            flags = max_over_ranks(                                         # the slowest rank's
+                torch.tensor([due, self._signal, pace], device=self.device), self.world)
             due, self.stop_requested, pace = flags[0].item(), int(flags[1]), flags[2].item()
             self._calls, self._synced = 0, now
             self._sync_every = max(1, min(10, int(1 / max(pace, 0.1))))
@@ -894,14 +895,11 @@ class Run(ExitStack):
     def begin_evaluation(self) -> None:
         """Training is over and saved: a signal ends the run at once from here on. Seeds torch."""
         self._signals.close()
-        if self.world > 1:                                                  # on any rank
-            number = torch.tensor(self._signal, device=self.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self._signal = int(number)
-        self.stop_requested = self._signal
-        if self.stop_requested:                                             # after the last step
+        number = torch.tensor(self._signal, device=self.device)             # after the last step
+        self.stop_requested = int(max_over_ranks(number, self.world))
+        if self.stop_requested:
             self.stop()
-        self.say(f"evaluation begins after {self.wall_s() / 60:.1f} minutes; it shows no progress")
+        self.say(f"evaluation begins after {self.wall_s() / 60:.1f} minutes")
         torch.manual_seed(self.args.seed)
 
     def time_samples(self, sample) -> None:
@@ -916,8 +914,10 @@ class Run(ExitStack):
         if self.world > 1:
             dist.barrier()                                                  # rank 0 has saved
         flags = [a for a in self.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
+        flags += ["--checkpoint", str(self.dir / "checkpoint.pt")] * bool(self.args.checkpoint)
+        start = f"torchrun --nproc_per_node {self.world}" if self.world > 1 else "python"
         self.say(f"stopped by {signal.Signals(self.stop_requested).name}, saved in {self.dir}; to "
-                 f"continue: python {self.source.name} {shlex.join(flags)}")
+                 f"continue: {start} {self.source.name} {shlex.join(flags)}")
         raise SystemExit(128 + self.stop_requested)
 
     def finish(self, metrics: dict, dataset_note: str, n: int) -> dict[str, float]:

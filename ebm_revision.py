@@ -595,7 +595,7 @@ def train(model: Revision, train_set: data.Dataset, args, run) -> None:
             gap = metrics.get("gap", worst * 0).abs().float()
             worst = torch.maximum(worst, torch.where(sane, gap, math.nan))
             due, shown = run.checkpoint_due(), step % args.log_every == 0 or step == total
-            if (due or shown) and common.any_rank(~(worst < args.max_gap), run.world):
+            if (due or shown) and common.max_over_ranks(~(worst < args.max_gap), run.world):
                 values = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items())
                 step = restore(run.rollback(
                     f"f(X) - f(X_rev) or a loss diverged by step {step} ({values}; if not f: lower "
@@ -643,7 +643,8 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
         found = common.coherence_joint(joint(init, n_steps), judges, args.n_eval, args.eval_batch,
                                        real)
         if init == "generator":
-            found |= common.coherence_cross(given(n_steps), test, judges, args.eval_batch, real)
+            found |= common.coherence_cross(given(n_steps), test, judges, args.eval_batch, real,
+                                            run.progress)
         metrics |= {key + suffix: value for key, value in found.items()}
     state = model.to_state(test.take(slice(1000), device))
     matched = model.ebm(state) > model.ebm(recombine(state, 1000))          # D6
@@ -656,8 +657,7 @@ def evaluate(model: Revision, train_set: data.Dataset, test: data.Dataset, args,
     torch.manual_seed(args.seed)
     rows |= {f"{m}, revised": v for m, v in joint("generator", k)(16).items() if m in images}
     common.draw_samples(run.dir, lambda _: rows, given(k), test.take(slice(8), device, images))
-    texts = [m for m in test.modalities if test.kinds[m] == "text"]
-    if texts:                                                               # said of eight images
+    if texts := [m for m in test.modalities if test.kinds[m] == "text"]:    # said of eight images
         said = given(k)(test.take(slice(8), device, images), texts).values()
         common.save_captions(run.dir / "captions.txt", torch.cat([*said]), test.words)
     run.time_samples(joint("generator", k))

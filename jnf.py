@@ -650,7 +650,8 @@ def evaluate(model: JNF, train_set: data.Dataset, test: data.Dataset, args, run)
     for name, sample in priors.items():
         joint = common.coherence_joint(sample, judges, args.n_eval, args.eval_batch, real)
         metrics |= joint | {f"{k}_{name}_prior": v for k, v in joint.items() if len(priors) > 1}
-    metrics |= common.coherence_cross(generate, test, judges, args.eval_batch, real) | real.metrics
+    metrics |= real.metrics | common.coherence_cross(generate, test, judges, args.eval_batch, real,
+                                                     run.progress)
     metrics |= diagnose_chains(model, test, args, run, stats)
     metrics |= {k: torch.stack(v).mean().item() for k, v in stats.items()}
     if metrics["outside"] > 0.01:

@@ -628,7 +628,7 @@ def train(model: JointEBM, train_set: data.Dataset, tests, args, run) -> list[li
             alarm = alarm | ~(gap.abs() < args.max_gap) | ~sum(metrics.values()).isfinite()
             due, last = run.checkpoint_due(), step % per_epoch == 0 or step in (first, total)
             if due or last or step % args.log_every == 0:
-                if common.any_rank(alarm, run.world):
+                if common.max_over_ranks(alarm, run.world):
                     step, auprc = restore(run.rollback(f"diverged by step {step} ({stage})"))
                     alarm = torch.zeros_like(alarm)
                     break

@@ -656,10 +656,10 @@ def positives(model: MMVAEPlus, x: dict[str, Tensor], args) -> Tensor:
 def diverged(metrics: dict[str, Tensor], args, run) -> str:
     """Why the chains are lost, "" if they are not; the same answer on every rank."""
     values = torch.stack([v.float() for v in metrics.values()])
-    if common.any_rank(~values.isfinite().all(), run.world):
+    if common.max_over_ranks(~values.isfinite().all(), run.world):
         return "a value is not finite"
     wide = metrics.get("gap", 0 * values[0]).abs() > args.max_gap
-    return f"|gap| > {args.max_gap:g}" if common.any_rank(wide, run.world) else ""
+    return f"|gap| > {args.max_gap:g}" if common.max_over_ranks(wide, run.world) else ""
 
 
 def with_encodings(model: MMVAEPlus, dataset: data.Dataset) -> data.Dataset:
@@ -809,7 +809,7 @@ def evaluate(model: MMVAEPlus, train_set: data.Dataset, test: data.Dataset, args
     base = common.coherence_joint(lambda n: sample(n, 0), judges, args.n_eval, args.eval_batch,
                                   real)
     metrics |= {f"{key}_base": value for key, value in base.items()}
-    cross = common.coherence_cross(generate, test, judges, args.eval_batch, real)
+    cross = common.coherence_cross(generate, test, judges, args.eval_batch, real, run.progress)
     metrics |= cross | real.metrics
     if args.cross_steps and use_ebm and judges:
         cross = common.coherence_cross(lambda x, t: generate(x, t, use_ebm=False), test, judges,

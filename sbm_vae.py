@@ -903,7 +903,7 @@ def evaluate(model: SBM, sets: dict[str, data.Dataset], test: data.Dataset, args
     metrics |= {f"{k}{kind}": v for kind, z in (
         ("_independent", apart), ("_reconstructed", latents), ("", joint(n)))
         for k, v in measure_joint(model, z, judges, args, real).items()}
-    metrics |= measure_conditional(generate, test, judges, args, real)
+    metrics |= measure_conditional(generate, test, judges, args, run, real)
     if judges:
         metrics |= compare_samplers(model, joint, generate, sets["val"], judges, args, run, real)
     elif args.curve or args.guide_sweep:
@@ -914,9 +914,9 @@ def evaluate(model: SBM, sets: dict[str, data.Dataset], test: data.Dataset, args
     return metrics | real.metrics
 
 
-def measure_conditional(generate, test: data.Dataset, judges, args, real) -> dict[str, float]:
+def measure_conditional(generate, test: data.Dataset, judges, args, run, real) -> dict[str, float]:
     """coherence_*, and frechet_clf_cross_<k>: mean over targets, given k; as many samples each."""
-    seen = {}
+    seen, by_size = {}, {}
 
     def record(x, targets):
         out, step = generate(x, targets), len(test.modalities) - len(x)    # about n are kept
@@ -924,7 +924,7 @@ def measure_conditional(generate, test: data.Dataset, judges, args, real) -> dic
             kept = seen.setdefault((len(x), m), [])
             kept.append(judges[m](out[m])[1][len(kept) % step::step])
         return out
-    metrics, by_size = common.coherence_cross(record, test, judges, args.eval_batch, real), {}
+    metrics = common.coherence_cross(record, test, judges, args.eval_batch, real, run.progress)
     for (k, m), features in seen.items():
         features, stats = torch.cat(features), common.FeatureStats()
         stats.update(features[torch.linspace(0, len(features) - 1, len(test)).long()])
@@ -950,7 +950,7 @@ def compare_samplers(model: SBM, joint, generate, val: data.Dataset, judges, arg
     subsets = [s for k in sorted({1, len(names) - 1}) for s in combinations(names, k)]
     for w in args.guide_sweep:
         found = common.coherence_cross(lambda x, targets: generate(x, targets, weight=w), val,
-                                       judges, args.eval_batch, None, subsets)
+                                       judges, args.eval_batch, subsets=subsets)
         metrics |= {f"{k}_guided_{w:g}": v for k, v in found.items() if "cross_" in k}
     return metrics
 

@@ -104,20 +104,22 @@ def test_a_judge_looks_once_at_the_same_images_and_anew_at_others():
 
 
 def test_cross_coherence_over_all_subsets_by_hand():
-    calls = []
+    calls, heard = [], []
 
     def generate(x, targets):                           # knows the label only if it is shown "a"
         calls.append((tuple(x), tuple(targets)))
         seen = next(iter(x.values()))
         y = (seen[:, :1] * 10.2).round() if "a" in x else torch.full_like(seen[:, :1], 10)
         return {t: y / 10.2 for t in targets}
-    got = common.coherence_cross(generate, make_set("test"), JUDGES, batch_size=200)
+    got = common.coherence_cross(generate, make_set("test"), JUDGES, batch_size=200,
+                                 progress=lambda *now: heard.append(now))
     ones = {"a_to_b", "a_to_c", "a+b_to_c", "a+c_to_b"}
     zeros = {"b_to_a", "b_to_c", "c_to_a", "c_to_b", "b+c_to_a"}
     expected = {f"coherence_{k}": 1.0 for k in ones} | {f"coherence_{k}": 0.0 for k in zeros}
     expected |= {"coherence_cross_1": 2 / 6, "coherence_cross_2": 2 / 3, "coherence_subsets": 6}
     assert got == pytest.approx(expected)
     assert len(calls) == 12 and calls[0] == (("a",), ("b", "c"))                 # two batches each
+    assert heard == [("evaluation", 0, 1, i, 6, N) for i in range(6)]
 
 
 def test_cross_coherence_of_many_modalities_takes_a_fixed_balanced_sample_of_every_size():

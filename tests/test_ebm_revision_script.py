@@ -1,22 +1,15 @@
 """ebm_revision.py end to end: files, resume, rollback, ranks, bad input."""
-import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import common
 import data
 import ebm_revision
+from whole_runs import ROOT, assert_same_run, kill_and_resume, lines, two_processes, write_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "2", "--width", "4", "--x_steps", "2", "--x_steps_test", "4", "--z_steps", "2",
         "--cond_z_steps", "2", "--batch_size", "32", "--epochs", "4", "--warmup", "1",
         "--mixed", "1", "--log_every", "1", "--eval_batch", "64", "--n_eval", "30"]
@@ -26,38 +19,12 @@ TINY = ["--z_dim", "2", "--width", "4", "--x_steps", "2", "--x_steps_test", "4",
 def paired(tmp_path, monkeypatch):
     """A folder with unlabelled pairs, so that no judge is trained: 100 train, 20 test."""
     monkeypatch.setattr(common, "load_inception", lambda *_: None)
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 100), ("test", 20)):
-        shade = rng.integers(0, 255, (n, 1, 1, 1))
-        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
-                ((shade, 1), (255 - shade, 3)))
-        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
-    return tmp_path
+    return write_pairs(tmp_path, 100, 20)
 
 
 def flags(folder, *more):
     return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
             *TINY, *more]
-
-
-def start(arguments, before=()):
-    return subprocess.Popen([sys.executable, *before, "ebm_revision.py", *arguments], cwd=ROOT,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def lines(run_dir):
-    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
-
-
-def wait_for(process, path, text, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{text} did not come")
 
 
 @pytest.mark.pictures
@@ -107,21 +74,12 @@ def test_text_and_images_end_to_end(paired, monkeypatch):
 
 
 def test_killed_in_all_stages_and_resumed_equals_the_uninterrupted_run(paired):
-    run_dir, more = paired / "runs/ebm_revision/paired/0", ("--ema", "0.5", "--w_dim", "1")
-    process = start(flags(paired, *more, "--ckpt_minutes", "0"))
-    for stage, step in (("warmup", 2), ("full", 5), ("mixed", 7)):
-        wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = start(flags(paired, *more, "--ckpt_minutes", "0", "--resume"))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    whole = ebm_revision.main([*flags(paired, *more), "--out_dir", str(paired / "whole")])
-    whole_dir = paired / "whole/ebm_revision/paired/0"
-    assert lines(run_dir) == lines(whole_dir)
-    result = json.loads((run_dir / "result.json").read_text())["metrics"]
-    assert {k: v for k, v in result.items() if v is not None} == \
-        {k: v for k, v in whole.items() if v == v}
+    command = ["ebm_revision.py", *flags(paired, "--ema", "0.5", "--w_dim", "1", "--ckpt_minutes",
+                                         "0")]
+    run_dir, whole_dir = (paired / name / "ebm_revision/paired/0" for name in ("runs", "whole"))
+    kill_and_resume(command, run_dir, {"warmup": 2, "full": 5, "mixed": 7})
+    ebm_revision.main([*command[1:], "--out_dir", str(paired / "whole")])
+    assert_same_run(run_dir, whole_dir)
 
 
 @pytest.mark.parametrize("key, value", [("gap", math.nan), ("loss_enc", math.inf),
@@ -147,10 +105,7 @@ def test_divergence_rolls_back_halves_the_rate_and_stops_after_three(paired, mon
 
 
 def test_two_processes(paired):
-    process = start(flags(paired), ["-m", "torch.distributed.run", "--standalone",
-                                    "--nproc_per_node", "2"])
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    two_processes("ebm_revision.py", *flags(paired))
     assert len(lines(paired / "runs/ebm_revision/paired/0")) == 4 * (100 * 9 // 10 // 32)
 
 

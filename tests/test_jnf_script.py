@@ -1,13 +1,10 @@
 """jnf.py end to end through its command line: files, resume, ranks, bad input."""
 import json
-import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +13,9 @@ import torch
 import common
 import data
 import jnf
+from whole_runs import (ROOT, assert_same_run, finish, kill_and_resume, lines, metrics_of, start,
+                        two_processes, untrained_judges, wait_for, write_pairs)
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "3", "--hmc_adapt", "3",
         "--batch_size", "32", "--epochs_shared", "3", "--epochs_joint", "3", "--epochs_flow", "3",
         "--log_every", "1", "--eval_batch", "64", "--n_eval", "100", "--n_leapfrog", "2"]
@@ -26,30 +24,12 @@ TINY = ["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "3", "--hmc_adapt",
 @pytest.fixture
 def paired(tmp_path):
     """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 200), ("test", 30)):
-        shade = rng.integers(0, 255, (n, 1, 1, 1))
-        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
-                ((shade, 1), (255 - shade, 3)))
-        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
-    return tmp_path
+    return write_pairs(tmp_path, 200, 30)
 
 
 def flags(folder, *more):
     return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
             *TINY, *more]
-
-
-def script(arguments, **popen):
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "jnf.py", *arguments], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
-
-
-def lines(run_dir):
-    """metrics.jsonl without the wall clock."""
-    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -76,14 +56,6 @@ def test_three_modalities_with_judges_all_files_and_all_subsets(tmp_path, monkey
                       "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "runs"),
                       "--latent_prior", "gmm", "--gmm_components", "2", *TINY, "--eval_only"])
     assert again == pytest.approx(metrics, nan_ok=True)             # the checkpoint is enough
-
-
-def untrained_judges(train, test, *_):
-    torch.manual_seed(0)
-    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
-    for judge in judges.values():
-        judge.accuracy = 0.1
-    return judges
 
 
 @pytest.mark.pictures
@@ -170,41 +142,17 @@ def test_same_seed_same_numbers_other_seed_others(paired):
 
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
-    options = ["--shared", "contrastive", "--ckpt_minutes", "0", "--lr_warmup", "12"]
-    jnf_dir = paired / "runs/jnf/paired/0"
-    process = script(flags(paired, *options))
-    for stage in ("shared", "joint", "flow"):
-        wait_for(process, jnf_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 7,')
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = script(flags(paired, *options, "--resume"))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    whole = [*flags(paired, *options), "--out_dir", str(paired / "whole")]
-    process = script(whole)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    whole_dir = paired / "whole/jnf/paired/0"
-    assert lines(jnf_dir) == lines(whole_dir)
-    models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
-              for d in (jnf_dir, whole_dir)]
-    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
-    results = [json.loads((d / "result.json").read_text())["metrics"] for d in (jnf_dir, whole_dir)]
-    assert results[0] == results[1]
-
-
-def wait_for(process, path, text, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{text} did not come")
+    command = ["jnf.py", *flags(paired, "--shared", "contrastive", "--ckpt_minutes", "0",
+                                "--lr_warmup", "12")]
+    run_dir, whole_dir = (paired / name / "jnf/paired/0" for name in ("runs", "whole"))
+    kill_and_resume(command, run_dir, {"shared": 7, "joint": 7, "flow": 7})
+    finish(start(*command, "--out_dir", str(paired / "whole")))
+    assert_same_run(run_dir, whole_dir)
 
 
 def test_sigterm_saves_and_says_how_to_continue(paired):
     asked = flags(paired, "--epochs_joint", "100000")
-    process = script([*asked, "--overwrite"])
+    process = start("jnf.py", *asked, "--overwrite")
     wait_for(process, paired / "runs/jnf/paired/0/metrics.jsonl", '"step": 3,')
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
@@ -214,16 +162,12 @@ def test_sigterm_saves_and_says_how_to_continue(paired):
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(paired):
-    options = ["--epochs_joint", "20"]
-    single = jnf.main(flags(paired, *options))
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "jnf.py", *flags(paired, *options), "--out_dir", str(paired / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    double = json.loads((paired / "two/jnf/paired/0/result.json").read_text())["metrics"]
-    assert double["loss_joint"] == pytest.approx(single["loss_joint"], rel=0.05)
-    assert len(lines(paired / "two/jnf/paired/0")) == len(lines(paired / "runs/jnf/paired/0"))
+    options = flags(paired, "--epochs_joint", "20")
+    single = jnf.main(options)
+    two_processes("jnf.py", *options, "--out_dir", str(paired / "two"))
+    one, two = (paired / name / "jnf/paired/0" for name in ("runs", "two"))
+    assert metrics_of(two)["loss_joint"] == pytest.approx(single["loss_joint"], rel=0.05)
+    assert len(lines(two)) == len(lines(one))
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

@@ -1,11 +1,5 @@
 """joint_layer_ebm.py end to end through its command line: schemes, resume, rollback, bad input."""
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +7,9 @@ import torch
 
 import common
 import joint_layer_ebm as jl
+from whole_runs import (assert_same_run, finish, kill_and_resume, lines, metrics_of, start,
+                        state_of, two_processes, untrained_judges)
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dims", "4", "3", "2", "--width", "4", "--prior_hidden", "8", "--f_hidden", "8",
         "--prior_steps", "3", "--post_steps", "3", "--batch_size", "20", "--epochs", "2",
         "--log_every", "1", "--eval_batch", "20", "--long_steps", "60", "--group_dim", "2",
@@ -40,27 +35,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def untrained_judges(train, test, *_):
-    torch.manual_seed(0)
-    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
-    for judge in judges.values():
-        judge.accuracy = 0.1
-    return judges
-
-
 def flags(folder, *more, dataset="fashion_mnist"):
     return ["--dataset", dataset, "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
             *TINY, *more]
 
 
-def run_dir(folder, dataset="fashion_mnist"):
-    return folder / "runs/joint_layer_ebm" / dataset / "0"
-
-
-def lines(path):
-    """metrics.jsonl without the wall clock."""
-    rows = [json.loads(row) for row in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
+def run_dir(folder, dataset="fashion_mnist", name="runs"):
+    return folder / name / "joint_layer_ebm" / dataset / "0"
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -149,12 +130,6 @@ def test_same_seed_same_numbers_other_seed_others(folder):
 
 
 # ---- Resume and rollback -------------------------------------------------------------------------
-def script(arguments):
-    return subprocess.Popen([sys.executable, "-c", STUB, *arguments], cwd=ROOT, text=True,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
 STUB = """import common, joint_layer_ebm
 common.load_judges = lambda *_: {}
 common.load_inception = lambda *_: None
@@ -163,37 +138,15 @@ common.cli(joint_layer_ebm.main)
 """
 
 
-def wait_for(process, path, text, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{text} did not come: {process.communicate()[1]}")
-
-
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(folder):
-    more = [*VAE, "--ckpt_minutes", "0", "--epochs", "4", "--held_out", "3"]
-    process = script(flags(folder, *more))
-    for stage, step in (("backbone", 7), ("joint", 14)):
-        wait_for(process, run_dir(folder) / "metrics.jsonl", f'"stage": "{stage}", "step": {step},')
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = script(flags(folder, *more, "--resume"))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    process = script([*flags(folder, *more), "--out_dir", str(folder / "whole")])
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    whole = folder / "whole/joint_layer_ebm/fashion_mnist/0"
-    assert lines(run_dir(folder)) == lines(whole)
-    states = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]
-              for d in (run_dir(folder), whole)]
-    assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
-    assert states[0]["auprc"] == states[1]["auprc"] and len(states[0]["auprc"]) > 2
-    results = [json.loads((d / "result.json").read_text())["metrics"]
-               for d in (run_dir(folder), whole)]
-    assert results[0] == results[1]
+    command = ["-c", STUB, *flags(folder, *VAE, "--ckpt_minutes", "0", "--epochs", "4",
+                                  "--held_out", "3")]
+    kill_and_resume(command, run_dir(folder), {"backbone": 7, "joint": 14})
+    finish(start(*command, "--out_dir", str(folder / "whole")))
+    whole = run_dir(folder, name="whole")
+    assert_same_run(run_dir(folder), whole)
+    auprc, expected = (state_of(d)["auprc"] for d in (run_dir(folder), whole))
+    assert auprc == expected and len(auprc) > 2
 
 
 def test_diverged_chains_roll_back_with_half_the_rate_and_stop_after_three(folder, monkeypatch):
@@ -241,21 +194,13 @@ def test_too_large_a_gap_counts_as_divergence(folder):
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(folder):
-    more = [*VAE, "--epochs", "4"]
-    process = script(flags(folder, *more))
-    assert process.wait(120) == 0, process.communicate()[1]
+    options = flags(folder, *VAE, "--epochs", "4")
+    finish(start("-c", STUB, *options))
     (folder / "stub.py").write_text(STUB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(folder / "stub.py"), *flags(folder, *more), "--out_dir",
-               str(folder / "two")]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    two = folder / "two/joint_layer_ebm/fashion_mnist/0"
-    single, double = (json.loads((d / "result.json").read_text())["metrics"]
-                      for d in (run_dir(folder), two))
-    assert double["recon_mse"] == pytest.approx(single["recon_mse"], rel=0.15)
-    assert len(lines(two)) == len(lines(run_dir(folder)))
+    two_processes(str(folder / "stub.py"), *options, "--out_dir", str(folder / "two"))
+    one, two = run_dir(folder), run_dir(folder, name="two")
+    assert metrics_of(two)["recon_mse"] == pytest.approx(metrics_of(one)["recon_mse"], rel=0.15)
+    assert len(lines(two)) == len(lines(one))
 
 
 def test_own_images_of_any_square_size_train_without_labels(folder, monkeypatch):

@@ -1,11 +1,6 @@
 """latent_ebm_prior.py end to end through its command line: files, resume, ranks, bad input."""
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +9,9 @@ import torch
 import common
 import data
 import latent_ebm_prior as lep
+from whole_runs import (assert_same_run, kill_and_resume, lines, metrics_of, two_processes,
+                        untrained_judges, write_pairs)
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3", "--chains", "8",
         "--post_steps", "2", "--batch_size", "32", "--epochs_vae", "3", "--epochs_ebm", "2",
         "--log_every", "1", "--eval_batch", "64", "--prior_sweep", "0", "5", "--gmm", "2",
@@ -23,15 +19,9 @@ TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3
 
 
 @pytest.fixture
-def paired(tmp_path, monkeypatch):
+def paired(tmp_path):
     """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 200), ("test", 30)):
-        shade = rng.integers(0, 255, (n, 1, 1, 1))
-        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
-                ((shade, 1), (255 - shade, 3)))
-        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
-    return tmp_path
+    return write_pairs(tmp_path, 200, 30)
 
 
 def flags(folder, *more):
@@ -41,35 +31,6 @@ def flags(folder, *more):
 
 def folder_of(folder, name="runs"):
     return folder / name / "latent_ebm_prior/paired/0"
-
-
-def script(arguments):
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "latent_ebm_prior.py", *arguments], cwd=ROOT, env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def lines(run_dir):
-    """metrics.jsonl without the wall clock."""
-    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
-
-
-def wait_for(process, path, text, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{text} did not come")
-
-
-def untrained_judges(train, test, *_):
-    torch.manual_seed(0)
-    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
-    for judge in judges.values():
-        judge.accuracy = 0.1
-    return judges
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -220,37 +181,19 @@ def test_cross_warmup_anneals_over_its_epochs_of_the_first_stage(paired, monkeyp
 
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_both_stages_and_resumed_equals_the_uninterrupted_run(paired):
-    options = ["--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",
-               "6", "--cross_warmup", "3", "--ebm_warmup", "3", "--decoder_dist",
-               "normal"]                                               # 9: still in it
-    run_dir, whole_dir = folder_of(paired), folder_of(paired, "whole")
-    for stage, more in (("vae", []), ("ebm", ["--resume"])):
-        process = script(flags(paired, *options, *more))
-        wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 9,')
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    lep.main(flags(paired, *options, "--resume"))
-    lep.main([*flags(paired, *options), "--out_dir", str(paired / "whole")])
-    assert lines(run_dir) == lines(whole_dir)
-    models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
-              for d in (run_dir, whole_dir)]
-    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
-    results = [json.loads((d / "result.json").read_text())["metrics"] for d in (run_dir, whole_dir)]
-    assert results[0] == results[1]
+    command = ["latent_ebm_prior.py", *flags(                          # 9: still in cross_warmup
+        paired, "--ckpt_minutes", "0", "--inference", "mcmc", "--epochs_vae", "6", "--epochs_ebm",
+        "6", "--cross_warmup", "3", "--ebm_warmup", "3", "--decoder_dist", "normal")]
+    kill_and_resume(command, folder_of(paired), {"vae": 9, "ebm": 9})
+    lep.main([*command[1:], "--out_dir", str(paired / "whole")])
+    assert_same_run(folder_of(paired), folder_of(paired, "whole"))
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(paired):
-    options = ["--epochs_vae", "12"]
-    single = lep.main(flags(paired, *options))
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "latent_ebm_prior.py", *flags(paired, *options), "--out_dir",
-               str(paired / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    two = folder_of(paired, "two")
-    double = json.loads((two / "result.json").read_text())["metrics"]
-    assert double["bound_base_nats"] == pytest.approx(single["bound_base_nats"], rel=0.1)
+    options = flags(paired, "--epochs_vae", "12")
+    single, two = lep.main(options), folder_of(paired, "two")
+    two_processes("latent_ebm_prior.py", *options, "--out_dir", str(paired / "two"))
+    assert metrics_of(two)["bound_base_nats"] == pytest.approx(single["bound_base_nats"], rel=0.1)
     assert len(lines(two)) == len(lines(folder_of(paired)))
 
 

@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -305,6 +306,21 @@ def test_a_signal_asks_for_a_checkpoint_and_an_end(open_run, number, code, capsy
     assert {n: signal.getsignal(n) for n in before} == before
 
 
+def test_a_stopped_run_says_how_to_continue_also_if_it_began_elsewhere(open_run, capsys, tmp_path):
+    other = open_run(out_dir=str(tmp_path / "other"))
+    other.save({"step": 1})
+    run = open_run(resume=True, checkpoint=str(other.dir / "checkpoint.pt"))
+    run.save(run.load(run.args.checkpoint) | {"step": 2})
+    run.stop_requested = signal.SIGTERM
+    with pytest.raises(SystemExit):
+        run.stop()
+    own = str(run.dir / "checkpoint.pt")
+    assert shlex.split(capsys.readouterr().out.rpartition("to continue: ")[2]) == [
+        "python", "test_run.py", "--seed", "0", "--resume", "--checkpoint", own]
+    run.close()
+    assert open_run(resume=True, checkpoint=own).load(own) == {"step": 2}
+
+
 def test_a_signal_in_an_evaluation_ends_the_run_at_once(open_run, capsys):
     outer = signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored behind a "&"
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -339,6 +355,10 @@ def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypat
     run.progress("flow", 1, 2, 1, 9, 12)
     run.say("done")
     assert capsys.readouterr().out == "\r\x1b[Kflow  epoch 2/2  step 1/9\r\x1b[Kdone\n"
+    for step in (2, 1):                                        # begins anew: no pace from before
+        monkeypatch.setattr(time, "monotonic", lambda: now + 90 - step)
+        run.progress("flow", 1, 2, step, 9, 12)
+    assert capsys.readouterr().out.endswith("flow  epoch 2/2  step 1/9")
 
 
 def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
@@ -364,6 +384,7 @@ def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
     ranks = [start(body, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
     said = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [143, 143], said
+    assert said[0][0].strip().endswith("torchrun --nproc_per_node 2 test_run.py --resume")
     log = (tmp_path / "test_run" / "toy" / "0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["rank"] for line in log] == [0] and said[1][0] == ""
 

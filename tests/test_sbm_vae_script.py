@@ -1,21 +1,15 @@
 """sbm_vae.py end to end through its command line: files, resume, ranks, bad input."""
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import common
 import data
 import sbm_vae
+from whole_runs import (assert_same_run, kill_and_resume, lines, two_processes, untrained_judges,
+                        write_pairs)
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--z_dim", "4", "--width", "16", "--blocks", "1", "--batch_size", "32", "--epochs_ae", "3",
         "--epochs_score", "3", "--n_steps", "5", "--log_every", "1", "--eval_batch", "64",
         "--curve", "4", "--n_curve", "8", "--n_eval", "32"]
@@ -24,47 +18,12 @@ TINY = ["--z_dim", "4", "--width", "16", "--blocks", "1", "--batch_size", "32", 
 @pytest.fixture
 def paired(tmp_path):
     """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 200), ("test", 30)):
-        shade = rng.integers(0, 255, (n, 1, 1, 1))
-        a, b = (np.broadcast_to(v, (n, 8, 8, c)).astype("u1") for v, c in
-                ((shade, 1), (255 - shade, 3)))
-        np.savez(tmp_path / f"paired_{split}.npz", a=a, b=b)
-    return tmp_path
+    return write_pairs(tmp_path, 200, 30)
 
 
 def flags(folder, *more):
     return ["--dataset", "paired", "--data_dir", str(folder), "--out_dir", str(folder / "runs"),
             *TINY, *more]
-
-
-def script(arguments, **popen):
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "sbm_vae.py", *arguments], cwd=ROOT, env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
-
-
-def lines(run_dir):
-    """metrics.jsonl without the wall clock."""
-    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_s"} for row in rows]
-
-
-def wait_for(process, path, text, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{text} did not come")
-
-
-def untrained_judges(train, test, *_):
-    torch.manual_seed(0)
-    judges = {m: common.Judge(s, 10).eval().requires_grad_(False) for m, s in train.shapes.items()}
-    for judge in judges.values():
-        judge.accuracy = 0.1
-    return judges
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -170,32 +129,17 @@ def test_same_seed_same_numbers_other_seed_others(paired):
 
 # ---- Resume --------------------------------------------------------------------------------------
 def test_killed_in_every_stage_and_resumed_equals_the_uninterrupted_run(paired):
-    options = ["--epochs_energy", "3", "--ckpt_minutes", "0"]
-    run_dir = paired / "runs/sbm_vae/paired/0"
-    process = script(flags(paired, *options))
-    for stage in ("ae", "score", "energy"):
-        wait_for(process, run_dir / "metrics.jsonl", f'"stage": "{stage}", "step": 7,')
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = script(flags(paired, *options, "--resume"))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    sbm_vae.main([*flags(paired, *options), "--out_dir", str(paired / "whole")])
-    whole_dir = paired / "whole/sbm_vae/paired/0"
-    assert lines(run_dir) == lines(whole_dir)
-    models = [torch.load(d / "checkpoint.pt", weights_only=True)["state"]["model"]
-              for d in (run_dir, whole_dir)]
-    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+    command = ["sbm_vae.py", *flags(paired, "--epochs_energy", "3", "--ckpt_minutes", "0")]
+    run_dir, whole_dir = (paired / name / "sbm_vae/paired/0" for name in ("runs", "whole"))
+    kill_and_resume(command, run_dir, {"ae": 7, "score": 7, "energy": 7})
+    sbm_vae.main([*command[1:], "--out_dir", str(paired / "whole")])
+    assert_same_run(run_dir, whole_dir)
 
 
 def test_two_processes_train_as_one_at_the_same_global_batch(paired):
     noiseless = flags(paired, "--autoencoder", "rae", "--rae_sigma", "0")
     sbm_vae.main(noiseless)
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "sbm_vae.py", *noiseless, "--out_dir", str(paired / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    two_processes("sbm_vae.py", *noiseless, "--out_dir", str(paired / "two"))
     one, two = (lines(paired / f"{name}/sbm_vae/paired/0") for name in ("runs", "two"))
     assert len(one) == len(two)
     last = [[row["loss"] for row in rows if row["stage"] == "ae" and row["split"] == "val"][-1]
