@@ -83,6 +83,7 @@ jnf polymnist 8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_
 jnf polymnist gaussian-8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --flow_blocks 0
 jnf polymnist contrastive-8000-steps 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --shared contrastive
 jnf polymnist 8000-steps-official-exponent 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 500 --eval_only --checkpoint runs/results/8000-steps/jnf/polymnist/0/checkpoint.pt --prior_exponent official
+jnf polymnist gmm 0 --net mlp --z_dim 64 --decoder_dist normal --decoder_scale 0.3 --batch_size 32 --max_steps 8000 --lr 1e-3 --lr_warmup 200 --n_eval 1000 --eval_only --checkpoint runs/results/8000-steps/jnf/polymnist/0/checkpoint.pt --latent_prior gmm
 ebm_revision polymnist small 0 --product clamped --net mlp --z_dim 16 --width 8 --sigma 2 --batch_size 64 --warmup 3 --epochs 4 --z_init random --x_steps 10 --x_steps_test 10 --x_step_size 1.4 --z_steps 20 --lr_ebm 5e-4 --lr_gen 1e-3 --lr_enc 1e-3 --gamma 0.8 --weight_decay 0 --n_eval 1000
 latent_ebm_prior polymnist cross-warmup 0 --net patch --width 32 --z_dim 16 --w_dim 32 --decoder_dist normal --decoder_scale 0.15 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 12 --ebm_warmup 12 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
 latent_ebm_prior polymnist cross-warmup-wide 0 --net patch --width 32 --z_dim 16 --w_dim 16 --decoder_dist normal --decoder_scale 0.3 --beta 1 --batch_size 64 --lr 2e-3 --decay --cross_warmup 2 --epochs_vae 10 --ebm_warmup 10 --epochs_ebm 2 --lr_ebm 1e-3 --n_eval 5000
@@ -121,6 +122,7 @@ jnf mnist_svhn 3000-steps 0 --max_steps 3000
 jnf mnist_svhn contrastive-3000-steps 0 --max_steps 3000 --shared contrastive
 jnf mnist_svhn 3000-steps-warmup 0 --max_steps 3000 --lr 2e-3 --lr_warmup 500
 jnf mnist_svhn gaussian-3000-steps-warmup 0 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --flow_blocks 0
+jnf mnist_svhn gmm 0 --max_steps 3000 --lr 2e-3 --lr_warmup 500 --eval_only --checkpoint runs/results/3000-steps-warmup/jnf/mnist_svhn/0/checkpoint.pt --latent_prior gmm
 jnf mnist_svhn 3000-steps-lr-2e-3 0 --max_steps 3000 --lr 2e-3
 jnf mnist_svhn gaussian-3000-steps-lr-2e-3 0 --max_steps 3000 --lr 2e-3 --flow_blocks 0
 jnf mnist_svhn long 0 --epochs_joint 6 --epochs_flow 4
@@ -186,9 +188,12 @@ rows() {
     listed
     again="jnf synth_polymnist three-modalities-gaussian|jnf mnist_svhn gaussian-3000-steps-warmup"
     small="latent_ebm_prior polymnist cross-warmup-wide|ebm_revision polymnist small"
-    small+="|sbm_vae polymnist small|jnf polymnist 8000-steps|jnf polymnist gaussian-8000-steps"
+    small+="|sbm_vae polymnist small|jnf polymnist (gaussian-)?8000-steps(-official-exponent)?"
+    small+="|jnf (mnist_svhn|polymnist) gmm"
     for variants in "$again" "$small"; do                  # with the flags of their first seed
-        for seed in 1 2; do listed | sed -nE "s/^($variants) 0 /\\1 $seed /p"; done
+        for seed in 1 2; do
+            listed | sed -E -e "/^($variants) 0 /!d" -e "s//\\1 $seed /" -e "s#/0/check#/$seed/check#"
+        done
     done
     for seed in {2..19}; do echo "ebm_revision synth_mnist_svhn default $seed"; done
     for seed in {3..19}; do echo "joint_layer_ebm synth_svhn default $seed"; done
