@@ -189,7 +189,7 @@ rows() {
     again="jnf synth_polymnist three-modalities-gaussian|jnf mnist_svhn gaussian-3000-steps-warmup"
     small="latent_ebm_prior polymnist cross-warmup-wide|ebm_revision polymnist small"
     small+="|sbm_vae polymnist small|jnf polymnist (gaussian-)?8000-steps(-official-exponent)?"
-    small+="|jnf (mnist_svhn|polymnist) gmm"
+    small+="|jnf (mnist_svhn|polymnist) gmm|joint_layer_ebm (mnist two-stage|cifar10 ood-svhn)"
     for variants in "$again" "$small"; do                  # with the flags of their first seed
         for seed in 1 2; do
             listed | sed -E -e "/^($variants) 0 /!d" -e "s//\\1 $seed /" -e "s#/0/check#/$seed/check#"
