@@ -183,8 +183,7 @@ def _train_judge(judge: Judge, x: Tensor, y: Tensor, batch_size: int = 128) -> N
 def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
     """{m: frozen judge} for the image modalities of a labelled data set, {} for an unlabelled one.
 
-    Trained once, the caller's random state left alone, and kept in cache_dir under a digest of
-    the training data. A broken file there is replaced."""
+    Trained once, on random numbers of its own, and kept in cache_dir by a digest of the data."""
     judges = {}
     for m in [m for m in train.modalities if train.kinds[m] == "image" and train.y is not None]:
         (x, y), (x_test, y_test) = train.modality(m), test.modality(m)
@@ -201,6 +200,7 @@ def load_judges(train, test, cache_dir, device, say=print) -> dict[str, Judge]:
                 try:
                     (judge := fresh()).load_state_dict(_read(path))
                 except (RunError, RuntimeError, TypeError):     # not there, broken, or half fits
+                    say(f"judge of {m}: is trained now, once, for {path}")
                     _train_judge(judge := fresh(), x.to(device), y.to(device))
                     with atomic_write(path) as file:
                         torch.save(judge.state_dict(), file)

@@ -184,6 +184,7 @@ def test_judges_learn_are_cached_and_leave_the_random_state_alone(tmp_path, monk
     judges = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
     assert torch.equal(torch.get_rng_state(), state)
     assert judges["b"].accuracy == 1.0 and "WARNING" not in "".join(lines)
+    assert ["trained now" in line for line in lines] == [True, False]
     x = test.take(slice(8))["b"]
     logits, features = judges["b"](x)
     assert logits.shape == (8, 2) and features.shape == (8, 128)
@@ -194,6 +195,7 @@ def test_judges_learn_are_cached_and_leave_the_random_state_alone(tmp_path, monk
     torch.manual_seed(123)
     again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
     assert not trained and torch.equal(again["b"](x)[0], logits) and again["b"].accuracy == 1.0
+    assert len(lines) == 3
     for file in (tmp_path / "judges").iterdir():
         file.write_bytes(file.read_bytes()[:1000])                               # truncated
     again = common.load_judges(train, test, tmp_path / "judges", "cpu", lines.append)
