@@ -146,7 +146,8 @@ def comparison(dataset: str, sizes: tuple[int, ...] = (1,)) -> str:
     return markdown(head, rows)
 
 
-SINGLE = {"synth_svhn": "default", "mnist": "two-stage", "cifar10": "ood-svhn"}
+SINGLE = {"synth_svhn": "default", "mnist": "variational", "svhn": "variational",
+          "cifar10": "ood-svhn"}
 
 
 def comparison_single() -> str:
@@ -244,7 +245,8 @@ MIXING = [         # chain, script, data set, row
     ("Langevin, prior of z", "latent_ebm_prior", "synth_polymnist", "default"),
     ("the same, in units of z (D10)", "latent_ebm_prior", "synth_polymnist", "whiten"),
     ("Langevin, prior of all layers", "joint_layer_ebm", "synth_svhn", "default"),
-    ("the same", "joint_layer_ebm", "mnist", "two-stage"),
+    ("the same", "joint_layer_ebm", "mnist", "variational"),
+    ("the same, small steps on a frozen VAE", "joint_layer_ebm", "mnist", "held-out-1"),
     ("Langevin, pixels", "ebm_revision", "synth_mnist_svhn", "default")]
 
 
