@@ -23,7 +23,7 @@ Algorithm, for each batch x; z+ and z- are constants
 
 Usage
   python joint_layer_ebm.py   synthetic SVHN-like digits, 10 CPU minutes: distance 13, p0's 80
-  python joint_layer_ebm.py --dataset mnist --held_out 1    anomaly detection, digit 1 left out
+  python joint_layer_ebm.py --dataset mnist [--held_out 1]  real digits; anomaly detection of 1
   python joint_layer_ebm.py --dataset cifar10 --ood svhn    the authors' two layers; OOD scores
   python joint_layer_ebm.py --scheme two_stage              energies on a deep residual VAE
 
@@ -49,8 +49,7 @@ import common
 import data
 
 # ---- Config --------------------------------------------------------------------------------------
-# cifar10 is the authors' public configuration; svhn and celeba are its sampler on the nets of the
-# single-layer predecessor, sizes from memory; the rest is ours (results/README.md).
+# cifar10: the authors'; svhn, celeba: its sampler, the predecessor's nets, from memory; rest: ours
 SYNTH = dict(scheme="variational", net="ladder", z_dims=[16, 32, 32], f_hidden=[200], f_layers=[2],
              prior_layers=2, prior_steps=40, lr=1e-3, lr_ebm=3e-4, epochs_backbone=5, epochs=2,
              width=24, decay=True)
@@ -58,9 +57,9 @@ DIGITS = SYNTH | dict(z_dims=[16, 12, 8], epochs_backbone=15, epochs=15)
 ANOMALY = SYNTH | dict(scheme="two_stage", net="mlp", width=256, z_dims=[1, 1, 6], prior_hidden=64,
                        f_hidden=[32, 32, 200], prior_steps=10, prior_step_size=0.02, max_gap=1e5,
                        batch_size=200, lr_ebm=2e-3, epochs_backbone=35, epochs=12, decay=False)
-PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "mnist": ANOMALY, "fashion_mnist": DIGITS,
-           "svhn": dict(net="svhn", z_dims=[100, 100]), "cifar10": dict(net="cifar"),
-           "celeba": dict(net="celeba", z_dims=[100, 100]), "images": SYNTH}
+PRESETS = {"synth_svhn": SYNTH, "synth_mnist": DIGITS, "fashion_mnist": DIGITS, "images": SYNTH,
+           "mnist": DIGITS | dict(epochs_backbone=4, epochs=2), "cifar10": dict(net="cifar"),
+           **{name: dict(net=name, z_dims=[100, 100]) for name in ("svhn", "celeba")}}
 DEEP = dict(net="deep", width=32, batch_size=100, f_hidden=[200], prior_steps=20,
             prior_step_size=0.1, lr=1e-3, lr_ebm=1e-4)
 VAE_FIRST = dict(epochs_backbone=100, epochs=10)
@@ -75,7 +74,7 @@ STACKS = {"cifar": (8, [1024, 512, 256]), "svhn": (4, [512, 256, 128]),    # fir
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Explicit flag > preset of --dataset and --scheme > default, as --help shows."""
+    """Explicit flag > preset of --dataset, --held_out, --scheme > default, as --help shows."""
     p = common.run_parser("joint_layer_ebm.py", __doc__, "synth_svhn", list(PRESETS))
     count, one, positive = (common.number(int, 0), common.number(int, 1),
                             common.number(float, 0, open_low=True))
@@ -121,8 +120,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--ood_steps", type=count, default=0, help="Langevin steps on the layers up to k")
     flag("--long_steps", type=common.number(int, 40), default=2500, help="of diagnostic chains")
     dataset, asked = common.peek(p, argv, "dataset"), common.peek(p, argv, "scheme", "")
+    held_out = dataset == "mnist" and str(common.peek(p, argv, "held_out")) != "-1"
     more = {"two_stage": DEEP | TWO_STAGE.get(dataset, {}), "mcmc": dict(epochs_backbone=0)}
-    p.set_defaults(**PRESETS.get(dataset, {}) | more.get(asked, {}))
+    p.set_defaults(**(ANOMALY if held_out else PRESETS.get(dataset, {})) | more.get(asked, {}))
     args = p.parse_args(argv)
     if not any(args.f_hidden):                                             # nothing to climb
         args.prior_steps, args.epochs = 0, 0 if args.scheme == "two_stage" else args.epochs

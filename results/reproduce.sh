@@ -136,9 +136,9 @@ joint_layer_ebm mnist held-out-1-single-layer 0 --held_out 1 --z_dims 8 --f_hidd
 joint_layer_ebm mnist held-out-4-single-layer 0 --held_out 4 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist held-out-5-single-layer 0 --held_out 5 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist held-out-7-single-layer 0 --held_out 7 --z_dims 8 --f_hidden 200 --epochs_backbone 20 --epochs 6 --last_epochs 6 --n_eval 2000 --long_steps 500
-joint_layer_ebm mnist variational 0 --scheme variational --net ladder --z_dims 16 12 8 --width 24 --prior_hidden 200 --f_hidden 200 --prior_steps 40 --prior_step_size 0.4 --max_gap 500 --batch_size 100 --lr_ebm 3e-4 --epochs_backbone 4 --epochs 2 --decay --n_eval 5000
+joint_layer_ebm mnist variational 0 --n_eval 5000
 joint_layer_ebm svhn variational 0 --scheme variational --net ladder --z_dims 16 32 32 --width 24 --prior_layers 2 --f_hidden 200 --f_layers 2 --prior_steps 40 --lr 1e-3 --lr_ebm 3e-4 --epochs_backbone 25 --epochs 10 --decay --n_eval 2000
-joint_layer_ebm mnist two-stage 0 --scheme two_stage --width 16 --group_dim 2 --n_train 40000 --epochs_backbone 2 --epochs 1 --prior_steps 10 --lr_ebm 5e-4 --n_eval 1000 --long_steps 500
+joint_layer_ebm mnist two-stage 0 --scheme two_stage --max_gap 1e5 --no-decay --width 16 --group_dim 2 --n_train 40000 --epochs_backbone 2 --epochs 1 --prior_steps 10 --lr_ebm 5e-4 --n_eval 1000 --long_steps 500
 joint_layer_ebm cifar10 ood-svhn 0 --scheme two_stage --net ladder --z_dims 64 32 32 --width 16 --batch_size 100 --prior_hidden 64 --prior_layers 2 --f_hidden 100 --prior_steps 10 --prior_step_size 0.02 --lr_ebm 1e-3 --max_gap 1e5 --kl_warmup 0 --free_bits 0 --epochs_backbone 6 --epochs 3 --ood svhn --n_eval 2000 --long_steps 500
 joint_layer_ebm mnist ood-synth-mnist 0 --held_out 4 --n_eval 2000 --long_steps 500 --eval_only --checkpoint runs/results/held-out-4/joint_layer_ebm/mnist/0/checkpoint.pt --ood synth_mnist
 jnf mnist_svhn 3000-steps-warmup 1 --max_steps 3000 --lr 2e-3 --lr_warmup 500

@@ -258,5 +258,7 @@ def test_presets_flags_and_help():
             assert args.net == "deep" if scheme else args.net in ("ladder", "mlp", *jl.STACKS)
     assert jl.parse_args(["--z_dims", "5"]).z_dims == [5]       # the flag wins over the preset
     assert jl.parse_args(["--scheme", "mcmc"]).epochs_backbone == 0
-    plain = jl.parse_args(["--dataset", "mnist", "--f_hidden", "0"])
+    digits = jl.parse_args(["--dataset", "mnist", "--held_out", "-1"])
+    assert (digits.scheme, digits.net) == ("variational", "ladder")
+    plain = jl.parse_args(["--dataset", "mnist", "--held_out", "1", "--f_hidden", "0"])
     assert (plain.prior_steps, plain.epochs) == (0, 0) and plain.epochs_backbone > 0
