@@ -355,10 +355,10 @@ def test_checkpoints_fall_due_and_progress_is_sparse(open_run, capsys, monkeypat
     run.progress("flow", 1, 2, 1, 9, 12)
     run.say("done")
     assert capsys.readouterr().out == "\r\x1b[Kflow  epoch 2/2  step 1/9\r\x1b[Kdone\n"
-    for step in (2, 1):                                        # begins anew: no pace from before
-        monkeypatch.setattr(time, "monotonic", lambda: now + 90 - step)
+    for step, seconds in ((5, 70), (1, 100), (3, 110)):        # began anew at 100: so does the pace
+        monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
         run.progress("flow", 1, 2, step, 9, 12)
-    assert capsys.readouterr().out.endswith("flow  epoch 2/2  step 1/9")
+    assert capsys.readouterr().out.endswith("flow  epoch 2/2  step 3/9  2/s  ETA 0.5 min")
 
 
 def test_two_ranks_average_gradients_agree_to_stop_and_one_writes(tmp_path):
