@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"                         # for those too
 torch.set_num_threads(1)                                    # small tensors; bit-equal reruns
 
 import common  # noqa: E402
+from whole_runs import write_pairs  # noqa: E402
 
 
 def pytest_configure(config):
@@ -40,6 +41,12 @@ def _few_pictures(request, monkeypatch):
         monkeypatch.setattr(common, "_save_rows", lambda path, *_, **__:
                             Path(path).write_bytes(b"not drawn"))
         monkeypatch.setattr(common.Run, "time_samples", lambda *_: None)
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
+    return write_pairs(tmp_path, 200, 30)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import common
+from whole_runs import untrained_judges
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SCRIPTS = ["jnf", "sbm_vae", "latent_ebm_prior", "joint_layer_ebm", "ebm_revision"]
@@ -131,9 +132,8 @@ def test_a_script_keeps_to_its_device(case, tmp_path, monkeypatch, break_off):
     step of the training waits for the device."""
     name = case.partition("-")[0]
     script = importlib.import_module(name)
-    monkeypatch.setattr(common, "load_judges", lambda train, *_: {
-        m: common.Judge(s, 10).to(CUDA).eval().requires_grad_(False)
-        for m, s in train.shapes.items()})
+    monkeypatch.setattr(common, "load_judges", lambda *sets: {
+        m: judge.to(CUDA) for m, judge in untrained_judges(*sets).items()})
     monkeypatch.setattr(script, "SWEEP", (0, 5), raising=False)
     for function, result in (("set_device", None), ("get_device_name", "none"),
                              ("get_rng_state", torch.zeros(1)), ("set_rng_state", None)):

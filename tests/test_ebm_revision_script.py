@@ -8,7 +8,8 @@ import torch
 import common
 import data
 import ebm_revision
-from whole_runs import ROOT, assert_same_run, kill_and_resume, lines, two_processes, write_pairs
+from whole_runs import (ROOT, assert_same_run, kill_and_resume, lines, two_processes,
+                        untrained_judges, write_pairs)
 
 TINY = ["--z_dim", "2", "--width", "4", "--x_steps", "2", "--x_steps_test", "4", "--z_steps", "2",
         "--cond_z_steps", "2", "--batch_size", "32", "--epochs", "4", "--warmup", "1",
@@ -43,13 +44,7 @@ def test_a_run_leaves_all_files_and_eval_only_repeats_it(paired, monkeypatch):
 
 
 def test_labelled_run_has_every_figure_twice(paired, monkeypatch):
-    def judges(train, test, *_):
-        torch.manual_seed(0)
-        made = {m: common.Judge(s, 10).eval() for m, s in train.shapes.items()}
-        for judge in made.values():
-            judge.accuracy = 0.1
-        return made
-    monkeypatch.setattr(common, "load_judges", judges)
+    monkeypatch.setattr(common, "load_judges", untrained_judges)
     metrics = ebm_revision.main(["--data_dir", str(paired), "--out_dir", str(paired / "runs"),
                                  "--n_train", "80", "--n_test", "24", "--n_eval", "24", *TINY])
     assert {"coherence_joint", "coherence_joint_initial", "coherence_joint_noise",

@@ -14,17 +14,11 @@ import common
 import data
 import jnf
 from whole_runs import (ROOT, assert_same_run, finish, kill_and_resume, lines, metrics_of, start,
-                        two_processes, untrained_judges, wait_for, write_pairs)
+                        two_processes, untrained_judges, wait_for)
 
 TINY = ["--z_dim", "3", "--flow_hidden", "8", "--hmc_steps", "3", "--hmc_adapt", "3",
         "--batch_size", "32", "--epochs_shared", "3", "--epochs_joint", "3", "--epochs_flow", "3",
         "--log_every", "1", "--eval_batch", "64", "--n_eval", "100", "--n_leapfrog", "2"]
-
-
-@pytest.fixture
-def paired(tmp_path):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
-    return write_pairs(tmp_path, 200, 30)
 
 
 def flags(folder, *more):

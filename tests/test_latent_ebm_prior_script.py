@@ -10,18 +10,12 @@ import common
 import data
 import latent_ebm_prior as lep
 from whole_runs import (assert_same_run, kill_and_resume, lines, metrics_of, two_processes,
-                        untrained_judges, write_pairs)
+                        untrained_judges)
 
 TINY = ["--z_dim", "3", "--w_dim", "2", "--ebm_hidden", "8", "--prior_steps", "3", "--chains", "8",
         "--post_steps", "2", "--batch_size", "32", "--epochs_vae", "3", "--epochs_ebm", "2",
         "--log_every", "1", "--eval_batch", "64", "--prior_sweep", "0", "5", "--gmm", "2",
         "--width", "4", "--net", "mlp", "--n_eval", "40"]
-
-
-@pytest.fixture
-def paired(tmp_path):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
-    return write_pairs(tmp_path, 200, 30)
 
 
 def flags(folder, *more):

@@ -7,18 +7,11 @@ import torch
 import common
 import data
 import sbm_vae
-from whole_runs import (assert_same_run, kill_and_resume, lines, two_processes, untrained_judges,
-                        write_pairs)
+from whole_runs import assert_same_run, kill_and_resume, lines, two_processes, untrained_judges
 
 TINY = ["--z_dim", "4", "--width", "16", "--blocks", "1", "--batch_size", "32", "--epochs_ae", "3",
         "--epochs_score", "3", "--n_steps", "5", "--log_every", "1", "--eval_batch", "64",
         "--curve", "4", "--n_curve", "8", "--n_eval", "32"]
-
-
-@pytest.fixture
-def paired(tmp_path):
-    """A folder with unlabelled pairs, so that no judge is trained: 200 train, 30 test."""
-    return write_pairs(tmp_path, 200, 30)
 
 
 def flags(folder, *more):
